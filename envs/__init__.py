@@ -1,0 +1,1 @@
+"""Pure-functional cooperative games; knows nothing of `knife_jax`."""

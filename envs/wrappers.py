@@ -1,0 +1,157 @@
+"""Wrappers that serve every game: automatic reset, and the statistics of complete episodes."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from envs.base import Actions, Environment, EnvParams, EnvState, Flag, Observation, Outcome, Record, Scalar
+
+
+@dataclass(frozen=True)
+class Wrapper(Environment):
+    """Passes everything on to the wrapped environment; subclasses replace what they change."""
+
+    env: Environment
+
+    @property
+    def num_agents(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A, of the wrapped environment."""
+        return self.env.num_agents
+
+    @property
+    def num_actions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """U, of the wrapped environment."""
+        return self.env.num_actions
+
+    @property
+    def observation_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """D, of the wrapped environment."""
+        return self.env.observation_size
+
+    @property
+    def state_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """G, of the wrapped environment."""
+        return self.env.state_size
+
+    @property
+    def max_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The time limit of the wrapped environment."""
+        return self.env.max_steps
+
+    @property
+    def reports_wins(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the wrapped environment reports wins."""
+        return self.env.reports_wins
+
+    @property
+    def default_params(self) -> EnvParams:
+        """The parameters of the wrapped environment's default task."""
+        return self.env.default_params
+
+    def reset(self, key: PRNGKeyArray, params: EnvParams) -> EnvState:
+        """Draws the first state of an episode."""
+        return self.env.reset(key, params)
+
+    def step(self, key: PRNGKeyArray, state: EnvState, actions: Actions, params: EnvParams) -> tuple[EnvState, Outcome]:
+        """Advances one environment step."""
+        return self.env.step(key, state, actions, params)
+
+    def record(self, state: EnvState) -> Record:
+        """The record of the wrapped state."""
+        return self.env.record(state)
+
+    def observe(self, record: Record, params: EnvParams) -> Observation:
+        """The observation of a recorded state."""
+        return self.env.observe(record, params)
+
+    def optimal_return(self, params: EnvParams) -> Scalar:
+        """The best episode return of the wrapped environment."""
+        return self.env.optimal_return(params)
+
+
+class AutoResetState(NamedTuple):
+    """The wrapped state, and whether its episode is over."""
+
+    env: EnvState
+    over: Flag
+
+
+@dataclass(frozen=True)
+class AutoReset(Wrapper):
+    """Starts a new episode on the step *after* an end, so that the true last observation is seen like any other.
+
+    On that step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true. A game of one step that
+    cannot truncate has nothing to learn from its last observation and is reset at once.
+    """
+
+    @property
+    def resets_at_once(self) -> bool:
+        """Whether an ended episode is replaced within the step that ended it."""
+        return self.env.max_steps == 1
+
+    def reset(self, key: PRNGKeyArray, params: EnvParams) -> AutoResetState:
+        """Draws the first state of an episode."""
+        return AutoResetState(self.env.reset(key, params), jnp.zeros((), bool))
+
+    def step(self, key: PRNGKeyArray, state: AutoResetState, actions: Actions, params: EnvParams) -> tuple[AutoResetState, Outcome]:
+        """Advances one step, or starts a new episode where the last one is over."""
+        key_step, key_reset = jax.random.split(key)
+        fresh = self.env.reset(key_reset, params)
+        stepped, outcome = self.env.step(key_step, state.env, actions, params)
+        ended = outcome.terminated | outcome.truncated
+        if self.resets_at_once:
+            next_env = _select(ended, fresh, stepped)
+            return AutoResetState(next_env, jnp.zeros((), bool)), outcome._replace(info={**outcome.info, "reset": jnp.zeros((), bool)})
+        blank = jax.tree.map(jnp.zeros_like, outcome)
+        outcome = _select(state.over, blank, outcome)
+        outcome = outcome._replace(info={**outcome.info, "reset": state.over})
+        return AutoResetState(_select(state.over, fresh, stepped), ended & ~state.over), outcome
+
+    def record(self, state: AutoResetState) -> Record:
+        """The record of the wrapped state."""
+        return self.env.record(state.env)
+
+
+class EpisodeStatisticsState(NamedTuple):
+    """The wrapped state, and the return and length of its episode so far."""
+
+    env: EnvState
+    episode_return: Float[Array, ""]
+    episode_length: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class EpisodeStatistics(Wrapper):
+    """Adds `episode_return`, `episode_length` and `episode_ended` to `info`; the first two are complete where the third is true.
+
+    Goes inside `AutoReset`, whose resets start the counts anew; whether the episode was won is the game's own `info["won"]`.
+    """
+
+    def reset(self, key: PRNGKeyArray, params: EnvParams) -> EpisodeStatisticsState:
+        """Draws the first state of an episode, with empty statistics."""
+        return EpisodeStatisticsState(self.env.reset(key, params), jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+    def step(
+        self, key: PRNGKeyArray, state: EpisodeStatisticsState, actions: Actions, params: EnvParams
+    ) -> tuple[EpisodeStatisticsState, Outcome]:
+        """Advances one step and counts it."""
+        stepped, outcome = self.env.step(key, state.env, actions, params)
+        state = EpisodeStatisticsState(stepped, state.episode_return + outcome.reward, state.episode_length + 1)
+        statistics = {
+            "episode_return": state.episode_return,
+            "episode_length": state.episode_length,
+            "episode_ended": outcome.terminated | outcome.truncated,
+        }
+        return state, outcome._replace(info={**outcome.info, **statistics})
+
+    def record(self, state: EpisodeStatisticsState) -> Record:
+        """The record of the wrapped state."""
+        return self.env.record(state.env)
+
+
+def _select(condition: Flag, if_true, if_false):
+    """Chooses a whole pytree; typed keys are selected like any other leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
