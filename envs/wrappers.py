@@ -105,14 +105,25 @@ class AutoReset(Wrapper):
         if self.resets_at_once:
             next_env = _select(ended, fresh, stepped)
             return AutoResetState(next_env, jnp.zeros((), bool)), outcome._replace(info={**outcome.info, "reset": jnp.zeros((), bool)})
-        blank = jax.tree.map(jnp.zeros_like, outcome)
-        outcome = _select(state.over, blank, outcome)
-        outcome = outcome._replace(info={**outcome.info, "reset": state.over})
-        return AutoResetState(_select(state.over, fresh, stepped), ended & ~state.over), outcome
+        return AutoResetState(_select(state.over, fresh, stepped), ended & ~state.over), _ignored_where(state.over, outcome)
 
     def record(self, state: AutoResetState) -> Record:
         """The record of the wrapped state."""
         return self.env.record(state.env)
+
+
+@dataclass(frozen=True)
+class IdleAfterEnd(AutoReset):
+    """Stays in the last state of an ended episode for ever, so that a fixed number of steps holds exactly one complete episode.
+
+    On an idle step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true, as on `AutoReset`'s.
+    """
+
+    def step(self, key: PRNGKeyArray, state: AutoResetState, actions: Actions, params: EnvParams) -> tuple[AutoResetState, Outcome]:
+        """Advances one step, or idles where the episode is over."""
+        stepped, outcome = self.env.step(key, state.env, actions, params)
+        over = state.over | outcome.terminated | outcome.truncated
+        return AutoResetState(_select(state.over, state.env, stepped), over), _ignored_where(state.over, outcome)
 
 
 class EpisodeStatisticsState(NamedTuple):
@@ -150,6 +161,12 @@ class EpisodeStatistics(Wrapper):
     def record(self, state: EpisodeStatisticsState) -> Record:
         """The record of the wrapped state."""
         return self.env.record(state.env)
+
+
+def _ignored_where(over: Flag, outcome: Outcome) -> Outcome:
+    """Blanks the outcome of a step whose action is ignored, and says so."""
+    outcome = _select(over, jax.tree.map(jnp.zeros_like, outcome), outcome)
+    return outcome._replace(info={**outcome.info, "reset": over})
 
 
 def _select(condition: Flag, if_true, if_false):

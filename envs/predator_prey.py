@@ -1,0 +1,595 @@
+"""Grid predator-prey ("stag hunt"): agents must catch together what none of them can catch alone.
+
+Shapes: A agents, S stags, P prey (the S stags, then the hares), N = A + P entities, U = 6 actions, H x W cells, r the radius of view.
+Positions are (row, column), rows counted downwards. All sizes are those of the static grid; what a task does not use is masked out.
+
+The rules are those of `stag_hunt.py` in the public repositories wendelinboehmer/dcg, hijkzzz/pymarl2, oxwhirl/wqmix and
+xmu-rl-3dv/GradPS (the origin of the hunters), with one deviation, at `PredatorPrey.step`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from envs.base import Actions, Environment, Observation, Outcome, Scalar, Tasks, stack_tasks
+
+ACTIONS = ("right", "down", "left", "up", "stay", "catch")
+STAY, CATCH = ACTIONS.index("stay"), ACTIONS.index("catch")
+DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))
+STAG, HARE = 0, 1
+NOWHERE, WALL = -1, -2
+LARGEST_SIDE = 256
+
+
+class PredatorPreyParams(NamedTuple):
+    """A task: everything that may differ between tasks of one size, as arrays.
+
+    Attributes:
+        capture_condition: how many agents must catch a prey at once, for [stag, hare].
+        capture_reward: what a captured prey pays the team, for [stag, hare].
+        miscapture_punishment: added (so usually negative) once for every prey that some agents, but too few, try to catch.
+        time_reward: added on every step.
+        collision_reward: added for every agent that acts and does not move. As in the source that includes those that chose to stay or
+            to catch, whose own marker is in their way; keep it 0 to avoid this.
+        rest_probability: the chance that a prey that could move does not, for [stag, hare].
+        capture_freezes: whether the catchers of a captured prey are out for the rest of the episode.
+        remove_frozen: whether a frozen agent leaves the grid (then it blocks nobody, is not seen and sees nothing) or stands where it is.
+        prevent_cannibalism: whether a capture needs an agent next to the prey; matters only for a condition of 0.
+        active_agents: agents in the game, the first ones; the others are never placed.
+        active_stags: stags in the game, the first ones.
+        active_hares: hares in the game, the first ones.
+        active_height: rows in the game, the upper ones; the others are wall. Walls look like empty cells but show in the action mask.
+        active_width: columns in the game, the left ones; the others are wall.
+        num_hunters: agents that are hunters, the first ones. GradPS draws a fresh random subset whenever an environment is constructed, and
+            does not say whether training and evaluation environments agree; agents are alike but for their index, so the first ones lose
+            no generality. Nobody observes who is a hunter.
+        hunter_multiplier: factor on the reward of a hare that has a hunter among its catchers.
+    """
+
+    capture_condition: Int[Array, "2"]
+    capture_reward: Float[Array, "2"]
+    miscapture_punishment: Float[Array, ""]
+    time_reward: Float[Array, ""]
+    collision_reward: Float[Array, ""]
+    rest_probability: Float[Array, "2"]
+    capture_freezes: Bool[Array, ""]
+    remove_frozen: Bool[Array, ""]
+    prevent_cannibalism: Bool[Array, ""]
+    active_agents: Int[Array, ""]
+    active_stags: Int[Array, ""]
+    active_hares: Int[Array, ""]
+    active_height: Int[Array, ""]
+    active_width: Int[Array, ""]
+    num_hunters: Int[Array, ""]
+    hunter_multiplier: Float[Array, ""]
+
+
+class PredatorPreyState(NamedTuple):
+    """The full state. A position means nothing where the agent is not in the task or the prey is not alive.
+
+    Attributes:
+        agents: positions.
+        prey: positions, stags first.
+        frozen: agents that are out after a capture.
+        alive: prey that are neither captured nor absent from the task.
+        steps: environment steps since the reset.
+    """
+
+    agents: Int[Array, "A 2"]
+    prey: Int[Array, "P 2"]
+    frozen: Bool[Array, "A"]
+    alive: Bool[Array, "P"]
+    steps: Int[Array, ""]
+
+
+class PredatorPreyRecord(NamedTuple):
+    """The 3N bytes of a state that can be observed: all but the time."""
+
+    agents: UInt8[Array, "A 2"]
+    prey: UInt8[Array, "P 2"]
+    frozen: Bool[Array, "A"]
+    alive: Bool[Array, "P"]
+
+
+class _PreyTurn(NamedTuple):
+    """What is known of a prey before any prey has taken its turn; a neighbouring cell that is wall is `WALL`."""
+
+    itself: Bool[Array, "P"]
+    alive: Bool[Array, ""]
+    condition: Int[Array, ""]
+    rests: Bool[Array, ""]
+    luck: Float[Array, ""]
+    agent_beside: Bool[Array, "4 A"]
+    neighbours: Int[Array, "4"]
+
+
+class _Hunt(NamedTuple):
+    """What the turns of the prey change; the cell of a prey that is not alive is `NOWHERE`."""
+
+    frozen: Bool[Array, "A"]
+    cells: Int[Array, "P"]
+
+
+class _Events(NamedTuple):
+    """What happened in one turn of a prey."""
+
+    captured: Bool[Array, ""]
+    missed: Bool[Array, ""]
+    with_hunter: Bool[Array, ""]
+
+
+@dataclass(frozen=True)
+class PredatorPrey(Environment):
+    """The grid predator-prey game; the sizes by default are those of pymarl2.
+
+    Attributes:
+        height: H, rows of the grid.
+        width: W, columns of the grid.
+        num_agents: A.
+        num_stags: S.
+        num_hares: P - S.
+        radius: r; an agent sees the (2r+1) x (2r+1) cells around itself.
+        max_steps: the time limit in environment steps.
+
+    Raises:
+        ValueError: if a size is out of range, or there are more entities than cells.
+    """
+
+    height: int = 10
+    width: int = 10
+    num_agents: int = 8
+    num_stags: int = 8
+    num_hares: int = 0
+    radius: int = 2
+    max_steps: int = 200
+
+    def __post_init__(self):
+        least = {"height": 1, "width": 1, "num_agents": 1, "num_stags": 0, "num_hares": 0, "radius": 0, "max_steps": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)}")
+        for name in ("height", "width"):
+            if getattr(self, name) > LARGEST_SIDE:
+                raise ValueError(f"{name} must be at most {LARGEST_SIDE} (a record keeps positions in bytes), not {getattr(self, name)}")
+        if self.num_prey == 0:
+            raise ValueError("num_stags + num_hares must be at least 1: without prey every episode is over before it starts")
+        _check_room(self.num_agents + self.num_prey, self.height, self.width, "num_agents + num_stags + num_hares", "height x width")
+
+    @property
+    def num_prey(self) -> int:
+        """P."""
+        return self.num_stags + self.num_hares
+
+    @property
+    def num_actions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """U, see `ACTIONS`."""
+        return len(ACTIONS)
+
+    @property
+    def observation_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """D = 3 (2r+1)^2."""
+        return 3 * (2 * self.radius + 1) ** 2
+
+    @property
+    def state_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """G = 3 H W."""
+        return 3 * self.height * self.width
+
+    @property
+    def default_params(self) -> PredatorPreyParams:
+        """The rules of pymarl2's `stag_hunt.yaml`, everyone active. For those of another scenario see `make`."""
+        return _params(self, {})
+
+    def reset(self, key: PRNGKeyArray, params: PredatorPreyParams) -> PredatorPreyState:
+        """Places the active entities on distinct cells, uniformly at random."""
+        present = jnp.concatenate([self._active_agents(params), self._active_prey(params)])
+        cells = _distinct_cells(key, present, params.active_height * params.active_width)
+        positions = jnp.stack(jnp.divmod(cells, params.active_width), axis=1)
+        return PredatorPreyState(
+            agents=positions[: self.num_agents],
+            prey=positions[self.num_agents :],
+            frozen=jnp.zeros(self.num_agents, bool),
+            alive=present[self.num_agents :],
+            steps=jnp.zeros((), jnp.int32),
+        )
+
+    def step(
+        self, key: PRNGKeyArray, state: PredatorPreyState, actions: Actions, params: PredatorPreyParams
+    ) -> tuple[PredatorPreyState, Outcome]:
+        """Agents move one after the other in random order, then prey are captured or move one after the other in random order.
+
+        An agent moves unless its target cell is taken. A prey meets the agents where they now are: those beside it that chose to catch and
+        are not frozen are its catchers, and one agent may be a catcher of several prey. Enough catchers capture it and (if captures freeze)
+        are frozen before the next prey's turn; too few are punished, once per prey; and a prey that is not captured moves to a
+        random free neighbouring cell, if there is one and it does not rest.
+
+        The episode terminates when no prey is alive or no agent is left unfrozen, and is then won. Deviation from the source: where that
+        coincides with the time limit the source reports the limit, so that its learner bootstraps; here the episode is terminated, not truncated.
+
+        Returns:
+            The next state, and an outcome whose `info` counts the `captures` and `miscaptures` (punished prey) of this step.
+        """
+        draws = jax.random.uniform(key, (self.num_agents + 3 * self.num_prey,))
+        agent_priority, prey_draws = draws[: self.num_agents], draws[self.num_agents :].reshape(3, self.num_prey)
+        moved = self._agents_that_move(agent_priority, state, actions, params)
+        stuck = self._acting(state.frozen, params) & ~moved
+        agents = jnp.where(moved[:, None], state.agents + _step_of(actions), state.agents)
+        hunt, events, order = self._hunt(prey_draws, state._replace(agents=agents), actions, params)
+        alive = hunt.cells != NOWHERE
+        prey = jnp.where(alive[:, None], jnp.stack(jnp.divmod(hunt.cells, self.width), axis=1), state.prey)
+        next_state = PredatorPreyState(agents, prey, hunt.frozen, alive, state.steps + 1)
+        reward = params.time_reward + params.collision_reward * stuck.sum() + self._hunt_reward(events, order, params)
+        terminated = ~alive.any() | ~self._acting(hunt.frozen, params).any()
+        truncated = (next_state.steps >= self.max_steps) & ~terminated
+        info = {"won": terminated, "captures": events.captured.sum(), "miscaptures": events.missed.sum()}
+        return next_state, Outcome(reward, terminated, truncated, info)
+
+    def record(self, state: PredatorPreyState) -> PredatorPreyRecord:
+        """Drops the time, which nobody observes, and keeps positions in bytes."""
+        return PredatorPreyRecord(state.agents.astype(jnp.uint8), state.prey.astype(jnp.uint8), state.frozen, state.alive)
+
+    def observe(self, record: PredatorPreyRecord, params: PredatorPreyParams) -> Observation:
+        """Renders the windows, the grid and the action masks.
+
+        An agent's view is its window [2r+1, 2r+1, 3] around itself, flattened in this order, with channels (agents, stags, hares) of zeros
+        and ones and itself in the middle; cells off the grid are 0 (the sources' `observe_walls: False`). Frozen agents that are removed
+        appear to nobody and see zeros; so do agents that are not in the task. The state is the grid [H, W, 3], flattened.
+
+        A frozen or absent agent may only stay. Others may always stay, may move where there is no wall (even if the cell is taken), and may
+        catch if a living prey is beside them.
+        """
+        agents, prey = record.agents.astype(jnp.int32), record.prey.astype(jnp.int32)
+        visible = self._visible(record.frozen, params)
+        entities, shown = jnp.concatenate([agents, prey]), jnp.concatenate([visible, record.alive])
+        side = 2 * self.radius + 1
+        offsets = entities[None] - agents[:, None] + self.radius
+        in_view = _inside(offsets, side, side) & shown[None] & visible[:, None]
+        windows = self._channels(jnp.where(in_view, _cells(offsets, side), -1), side * side)
+        grid = self._channels(jnp.where(shown, _cells(entities, self.width), -1), self.height * self.width)
+        return Observation(
+            agents=windows.reshape(self.num_agents, -1),
+            state=grid.reshape(-1),
+            action_mask=self._action_mask(agents, prey, record.frozen, record.alive, params),
+            agent_mask=self._active_agents(params),
+        )
+
+    def optimal_return(self, params: PredatorPreyParams) -> Scalar:
+        """The best undiscounted return, given enough time and room to carry out every capture.
+
+        Without freezing every prey that enough agents can surround is captured, hares with a hunter. With freezing each capture of a stag
+        costs `capture_condition` agents, so that `floor(agents / condition)` of them are possible.
+
+        Returns:
+            The return; NaN with freezing and hares (which prey to give up is a packing problem), with time or collision rewards (the
+            shortest episode is not known), with conditions below 1, capture rewards that are not positive, or rewarded miscaptures.
+        """
+        neighbours = jnp.minimum(2, params.active_height - 1) + jnp.minimum(2, params.active_width - 1)
+        condition = jnp.maximum(params.capture_condition, 1)
+        number = jnp.stack([params.active_stags, params.active_hares])
+        captures = jnp.where(condition <= jnp.minimum(neighbours, params.active_agents), number, 0)
+        captures = jnp.where(params.capture_freezes, jnp.minimum(captures, params.active_agents // condition), captures)
+        multiplier = jnp.where(params.num_hunters > 0, jnp.maximum(params.hunter_multiplier, 1.0), 1.0)
+        best = (captures * params.capture_reward * jnp.stack([jnp.ones(()), multiplier])).sum()
+        ordinary = ((number == 0) | ((params.capture_condition >= 1) & (params.capture_reward > 0))).all()
+        known = ordinary & (~params.capture_freezes | (params.active_hares == 0)) & (params.miscapture_punishment <= 0)
+        return jnp.where(known & (params.time_reward == 0) & (params.collision_reward == 0), best, jnp.nan)
+
+    def _active_agents(self, params: PredatorPreyParams) -> Bool[Array, "A"]:
+        return jnp.arange(self.num_agents) < params.active_agents
+
+    def _active_prey(self, params: PredatorPreyParams) -> Bool[Array, "P"]:
+        return jnp.concatenate([jnp.arange(self.num_stags) < params.active_stags, jnp.arange(self.num_hares) < params.active_hares])
+
+    def _acting(self, frozen: Bool[Array, "A"], params: PredatorPreyParams) -> Bool[Array, "A"]:
+        return self._active_agents(params) & ~frozen
+
+    def _visible(self, frozen: Bool[Array, "A"], params: PredatorPreyParams) -> Bool[Array, "A"]:
+        """The agents that are on the grid."""
+        return self._active_agents(params) & ~(frozen & params.remove_frozen)
+
+    def _agents_that_move(
+        self, priority: Float[Array, "A"], state: PredatorPreyState, actions: Actions, params: PredatorPreyParams
+    ) -> Bool[Array, "A"]:
+        """Lets the agents move in ascending order of `priority`; a target is met where its owner stands at that moment."""
+        targets = state.agents + _step_of(actions)
+        start, target, prey = _cells(state.agents, self.width), _cells(targets, self.width), _cells(state.prey, self.width)
+        wants = (actions < STAY) & self._acting(state.frozen, params) & _inside(targets, params.active_height, params.active_width)
+        can = wants & ~((target[:, None] == prey[None]) & state.alive[None]).any(axis=1)
+        meets_start = (target[:, None] == start[None]) & self._visible(state.frozen, params)[None]
+        meets_target = target[:, None] == target[None]
+
+        def turn(moved, agent):
+            itself, can, meets_target, meets_start = agent
+            blocked = jnp.where(moved, meets_target, meets_start).any()
+            return moved | (itself & can & ~blocked), None
+
+        order = _turn_order(priority)
+        in_turn = (jnp.eye(self.num_agents, dtype=bool)[order], can[order], meets_target[order], meets_start[order])
+        return jax.lax.scan(turn, jnp.zeros(self.num_agents, bool), in_turn)[0]
+
+    def _hunt(
+        self, draws: Float[Array, "3 P"], state: PredatorPreyState, actions: Actions, params: PredatorPreyParams
+    ) -> tuple[_Hunt, _Events, Int[Array, "P"]]:
+        """Lets the prey take their turns; returns what they changed, what happened in each turn, and whose turn it was."""
+        priority, rest, luck = draws
+        order, kind = _turn_order(priority), self._kinds()
+        neighbours = state.prey[:, None] + jnp.array(DIRECTIONS)[None]
+        inside = _inside(neighbours, params.active_height, params.active_width)
+        neighbours = jnp.where(inside, _cells(neighbours, self.width), WALL)
+        agents = jnp.where(self._active_agents(params), _cells(state.agents, self.width), NOWHERE)
+        turns = _PreyTurn(
+            itself=jnp.eye(self.num_prey, dtype=bool),
+            alive=state.alive,
+            condition=params.capture_condition[kind],
+            rests=rest < params.rest_probability[kind],
+            luck=luck,
+            agent_beside=neighbours[:, :, None] == agents[None, None],
+            neighbours=neighbours,
+        )
+        turns = jax.tree.map(lambda leaf: leaf[order], turns)
+        hunt = _Hunt(state.frozen, jnp.where(state.alive, _cells(state.prey, self.width), NOWHERE))
+        hunt, events = jax.lax.scan(lambda hunt, prey: self._prey_turn(hunt, prey, actions == CATCH, params), hunt, turns)
+        return hunt, events, order
+
+    def _prey_turn(self, hunt: _Hunt, prey: _PreyTurn, catching: Bool[Array, "A"], params: PredatorPreyParams) -> tuple[_Hunt, _Events]:
+        """The turn of one prey: it is captured, or else it moves or rests."""
+        agent_beside = prey.agent_beside & self._visible(hunt.frozen, params)[None]
+        catchers = prey.agent_beside.any(axis=0) & catching & ~hunt.frozen
+        enough = catchers.sum() >= prey.condition
+        captured = prey.alive & enough & (agent_beside.any() | ~params.prevent_cannibalism)
+        taken = agent_beside.any(axis=1) | (prey.neighbours[:, None] == hunt.cells[None]).any(axis=1)
+        free = (prey.neighbours != WALL) & ~taken
+        nth_free = jnp.floor(prey.luck * free.sum()).astype(jnp.int32) + 1
+        destination = jnp.where(free & (jnp.cumsum(free) == nth_free), prey.neighbours, 0).sum()
+        moves = prey.alive & ~captured & ~prey.rests & free.any()
+        hunt = _Hunt(
+            frozen=hunt.frozen | (catchers & captured & params.capture_freezes),
+            cells=jnp.where(prey.itself & (captured | moves), jnp.where(captured, NOWHERE, destination), hunt.cells),
+        )
+        is_hunter = jnp.arange(self.num_agents) < params.num_hunters
+        return hunt, _Events(captured, prey.alive & catchers.any() & ~enough, (catchers & is_hunter).any())
+
+    def _hunt_reward(self, events: _Events, order: Int[Array, "P"], params: PredatorPreyParams) -> Scalar:
+        kind = self._kinds()[order]
+        factor = jnp.where((kind == HARE) & events.with_hunter, params.hunter_multiplier, 1.0)
+        captured = (events.captured * params.capture_reward[kind] * factor).sum()
+        return captured + params.miscapture_punishment * events.missed.sum()
+
+    def _kinds(self) -> Int[Array, "P"]:
+        return jnp.where(jnp.arange(self.num_prey) < self.num_stags, STAG, HARE)
+
+    def _channels(self, cells: Int[Array, "*B N"], num_cells: int) -> Float[Array, "*B C 3"]:
+        """Marks the cells of agents, stags and hares (-1: nowhere) in three channels."""
+        marked = cells[..., None] == jnp.arange(num_cells).reshape((1,) * cells.ndim + (num_cells,))
+        kinds = jnp.split(marked, [self.num_agents, self.num_agents + self.num_stags], axis=-2)
+        return jnp.stack([kind.any(axis=-2) for kind in kinds], axis=-1).astype(jnp.float32)
+
+    def _action_mask(
+        self,
+        agents: Int[Array, "A 2"],
+        prey: Int[Array, "P 2"],
+        frozen: Bool[Array, "A"],
+        alive: Bool[Array, "P"],
+        params: PredatorPreyParams,
+    ) -> Bool[Array, "A U"]:
+        moves = _inside(agents[:, None] + jnp.array(DIRECTIONS)[None], params.active_height, params.active_width)
+        distance = jnp.abs(agents[:, None] - prey[None]).sum(axis=-1)
+        catch = ((distance == 1) & alive[None]).any(axis=1, keepdims=True)
+        acting = self._acting(frozen, params)[:, None]
+        return jnp.concatenate([moves & acting, jnp.ones_like(acting), catch & acting], axis=1)
+
+
+def _step_of(actions: Actions) -> Int[Array, "A 2"]:
+    """How far each action goes, were nothing in the way."""
+    return jnp.array((*DIRECTIONS, (0, 0), (0, 0)))[actions]
+
+
+def _cells(positions: Int[Array, "*B 2"], width: int) -> Int[Array, "*B"]:
+    """Positions as indices into the flattened grid; only those inside the grid are distinct."""
+    return positions[..., 0] * width + positions[..., 1]
+
+
+def _inside(positions: Int[Array, "*B 2"], height: Int[Array, ""] | int, width: Int[Array, ""] | int) -> Bool[Array, "*B"]:
+    row, column = positions[..., 0], positions[..., 1]
+    return (row >= 0) & (row < height) & (column >= 0) & (column < width)
+
+
+def _precedes(priority: Float[Array, "N"]) -> Bool[Array, "N N"]:
+    """Whether the one of the row comes before the one of the column; ties go by index."""
+    index = jnp.arange(priority.size)
+    return (priority[:, None] < priority[None]) | ((priority[:, None] == priority[None]) & (index[:, None] < index[None]))
+
+
+def _turn_order(priority: Float[Array, "N"]) -> Int[Array, "N"]:
+    """Like `argsort`, by comparing all pairs: for a handful of entities that is many times faster than XLA's sort."""
+    rank = _precedes(priority).sum(axis=0)
+    return jnp.argmax(rank[None] == jnp.arange(priority.size)[:, None], axis=1)
+
+
+def _distinct_cells(key: PRNGKeyArray, present: Bool[Array, "N"], num_cells: Int[Array, ""]) -> Int[Array, "N"]:
+    """A uniformly random assignment of distinct cells to those that are present; 0 for the others.
+
+    Floyd's method draws the set of cells (Bentley and Floyd, "A sample of brilliance", 1987) at a cost that does not depend on the size of
+    the grid, as automatic reset pays for it on every step; a random permutation then deals them out.
+    """
+    luck, priority = jax.random.uniform(key, (2, present.size))
+    slots = jnp.arange(present.size)
+    last = num_cells - present.sum() + slots
+    drawn = jnp.floor(luck * (last + 1)).astype(jnp.int32)
+
+    def draw(cells, slot):
+        index, last, drawn = slot
+        cell = jnp.where((cells == drawn).any(), last, drawn)
+        return jnp.where((slots == index) & (index < present.sum()), cell, cells), None
+
+    cells = jax.lax.scan(draw, jnp.full(present.size, -1), (slots, last, drawn))[0]
+    rank = (_precedes(priority) & present[:, None]).sum(axis=0)
+    return jnp.where(present, cells[rank], 0)
+
+
+class Scenario(NamedTuple):
+    """A published setting: the sizes of the game and the rules that differ from the defaults.
+
+    Attributes:
+        sizes: fields of `PredatorPrey`.
+        rules: fields of `PredatorPreyParams`.
+    """
+
+    sizes: dict[str, int]
+    rules: dict[str, Any]
+
+
+def _gradps(side: int, agents: int, hunters: int) -> Scenario:
+    sizes = {"height": side, "width": side, "num_agents": agents, "num_stags": agents, "num_hares": agents, "radius": 3, "max_steps": 150}
+    rules = {"capture_reward": (10.0, 2.0), "num_hunters": hunters, "hunter_multiplier": 5.0}
+    return Scenario(sizes, {**rules, "capture_freezes": False, "remove_frozen": False})
+
+
+def _reborn(side: int, agents: int) -> Scenario:
+    sizes = {"height": side, "width": side, "num_agents": agents, "num_stags": 2 * agents, "num_hares": 0, "radius": 1, "max_steps": 150}
+    return Scenario(sizes, {"time_reward": -0.1, "capture_freezes": False, "remove_frozen": False})
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "pymarl2": Scenario({}, {}),
+    "p05": Scenario({}, {"miscapture_punishment": -0.5}),
+    "p15": Scenario({}, {"miscapture_punishment": -1.5}),
+    "wqmix": Scenario({}, {"miscapture_punishment": -2.0}),
+    "dcg": Scenario({}, {"miscapture_punishment": -2.0}),
+    "gradps_small": _gradps(20, 6, 2),
+    "gradps_medium": _gradps(25, 10, 3),
+    "gradps_large": _gradps(30, 15, 5),
+    "reborn_small": _reborn(20, 6),
+    "reborn_medium": _reborn(30, 12),
+    "reborn_large": _reborn(40, 18),
+}
+
+
+def make(scenario: str = "pymarl2", **overrides: Any) -> tuple[PredatorPrey, PredatorPreyParams]:
+    """A game and the parameters of its task.
+
+    The settings are those of pymarl2's `stag_hunt.yaml`, of WQMIX's `pred_prey_punish` and DCG's `rel_overgen` (both: punishment -2), and
+    of GradPS's three sizes. `p05` and `p15` are pymarl2's with a punishment of -0.5 and -1.5. ReBorn publishes sizes, view, rewards and that every
+    prey takes two agents (NeurIPS 2024, Table 4), but no configuration: its 150 steps are taken from GradPS, by the same group, that
+    captures do not freeze is inferred from its having twice as many prey as agents, and that miscaptures are not punished is assumed.
+
+    Args:
+        scenario: a name in `SCENARIOS`.
+        **overrides: fields of `PredatorPrey` or `PredatorPreyParams`. The active numbers and sides follow the static ones unless given.
+
+    Raises:
+        ValueError: if the scenario or an override is unknown, or a value is out of range or of the wrong shape.
+    """
+    _check_names("scenario", [scenario], SCENARIOS)
+    sizes, rules = SCENARIOS[scenario]
+    static = {field.name for field in fields(PredatorPrey)}
+    _check_names("override", overrides, [*sorted(static), *PredatorPreyParams._fields])
+    env = PredatorPrey(**{**sizes, **{name: value for name, value in overrides.items() if name in static}})
+    return env, _params(env, {**rules, **{name: value for name, value in overrides.items() if name not in static}})
+
+
+def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
+    """The drift `drift`: a task, seven tasks that each change one thing about it, and the first task again.
+
+    They change the capture condition (one more agent), the capture reward (a third), the miscapture punishment (1.5 more), prey speed (it
+    rests every other step), numbers (half of the agents and of the prey), the grid (three quarters of its height and width, the
+    rest is wall), and whether captures freeze.
+
+    Args:
+        env: the game; every task has its sizes.
+        params: the first task.
+
+    Raises:
+        ValueError: if a task is not possible, for example because its entities do not fit between the walls.
+    """
+    base = {name: getattr(params, name) for name in PredatorPreyParams._fields}
+    sides = {name: _three_quarters(base[name]) for name in ("active_height", "active_width")}
+    numbers = {name: (base[name] + 1) // 2 for name in ("active_agents", "active_stags", "active_hares")}
+    changes = {
+        "base": {},
+        "condition": {"capture_condition": base["capture_condition"] + 1},
+        "reward": {"capture_reward": base["capture_reward"] / 3},
+        "punishment": {"miscapture_punishment": base["miscapture_punishment"] - 1.5},
+        "rest": {"rest_probability": jnp.full(2, 0.5)},
+        "numbers": numbers,
+        "walls": sides,
+        "freezing": {"capture_freezes": ~base["capture_freezes"], "remove_frozen": ~base["capture_freezes"]},
+    }
+    tasks = [_params(env, {**base, **change}) for change in changes.values()]
+    return stack_tasks(tasks, tuple(changes), (*range(len(changes)), 0))
+
+
+DRIFTS: dict[str, Callable[[PredatorPrey, PredatorPreyParams], Tasks]] = {"drift": drift_tasks}
+
+
+def _three_quarters(length: Int[Array, ""]) -> Int[Array, ""]:
+    return (3 * length + 3) // 4
+
+
+def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
+    """Validated parameters: pymarl2's rules with everyone active, but for `rules`."""
+    defaults = {
+        "capture_condition": (2, 1),
+        "capture_reward": (10.0, 1.0),
+        "miscapture_punishment": 0.0,
+        "time_reward": 0.0,
+        "collision_reward": 0.0,
+        "rest_probability": (0.0, 0.0),
+        "capture_freezes": True,
+        "remove_frozen": True,
+        "prevent_cannibalism": True,
+        "active_agents": env.num_agents,
+        "active_stags": env.num_stags,
+        "active_hares": env.num_hares,
+        "active_height": env.height,
+        "active_width": env.width,
+        "num_hunters": 0,
+        "hunter_multiplier": 1.0,
+    }
+    params = PredatorPreyParams(**{name: _leaf(name, rules.get(name, default), default) for name, default in defaults.items()})
+    limits = {
+        "capture_condition": (0, None),
+        "rest_probability": (0, 1),
+        "active_agents": (1, env.num_agents),
+        "active_stags": (0, env.num_stags),
+        "active_hares": (0, env.num_hares),
+        "active_height": (1, env.height),
+        "active_width": (1, env.width),
+        "num_hunters": (0, env.num_agents),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(params, name)
+        if (value < least).any() or (most is not None and (value > most).any()):
+            raise ValueError(f"{name} must be at least {least}{'' if most is None else f' and at most {most}'}, not {value.tolist()}")
+    entities = int(params.active_agents + params.active_stags + params.active_hares)
+    _check_room(entities, int(params.active_height), int(params.active_width), "active agents, stags and hares", "active_height x active_width")
+    return params
+
+
+def _leaf(name: str, value: Any, default: Any) -> Array:
+    """One parameter as an array of the shape and type of its default."""
+    like = jnp.asarray(default)
+    leaf = jnp.asarray(value)
+    if leaf.shape != like.shape:
+        raise ValueError(f"{name} must have the shape {like.shape} ([stag, hare] where it is (2,)), not {leaf.shape}")
+    if leaf.dtype != like.dtype and not jnp.can_cast(leaf.dtype, like.dtype):
+        raise ValueError(f"{name} must be of type {like.dtype}, not {leaf.dtype}")
+    return leaf.astype(like.dtype)
+
+
+def _check_room(entities: int, height: int, width: int, counted: str, sides: str) -> None:
+    if entities > height * width:
+        raise ValueError(f"{counted} make {entities} entities, more than the {height * width} cells of {sides} = {height} x {width}")
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}")

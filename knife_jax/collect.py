@@ -1,0 +1,180 @@
+"""Acting in vmapped environments: exploring to fill the replay, and greedily to evaluate.
+
+Shapes: E environments, T slots of a rollout, A agents, U actions.
+"""
+
+from typing import Any, NamedTuple
+
+import distrax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from envs.base import Environment, EnvParams, Observation, Outcome
+from envs.wrappers import AutoReset, EpisodeStatistics, IdleAfterEnd
+from knife_jax.learner import Hyper, Metrics, Networks, Params, task_code
+from knife_jax.networks.agents import agent_inputs, initial_hidden, mask_unavailable
+from knife_jax.replay import Continuation, Slot, cut_ends, starts_after
+
+
+class ActorState(NamedTuple):
+    """Where the environments are, and what the agents remember, between slots."""
+
+    env: Any
+    hidden: Float[Array, "E A H"]
+    last_actions: Int[Array, "E A"]
+    starts: Bool[Array, "E"]
+
+
+class CollectorState(NamedTuple):
+    """The actors, and the environment steps since exploration (re)started, which count true steps and so depend on the seed."""
+
+    actors: ActorState
+    explored_env_steps: Float[Array, ""]
+
+
+def acting_environment(env: Environment, mode: str) -> AutoReset:
+    """The environment as the collector steps it: one that resets itself, or idles after its one episode."""
+    counted = EpisodeStatistics(env)
+    return IdleAfterEnd(counted) if mode == "episode" else AutoReset(counted)
+
+
+def init_actors(key: PRNGKeyArray, networks: Networks, env: Environment, num_envs: int, params: EnvParams) -> ActorState:
+    """Fresh episodes of one task in `num_envs` environments, and empty memories."""
+    state = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)
+    agents = (num_envs, env.num_agents)
+    return ActorState(state, initial_hidden(networks.config.agent, agents), jnp.zeros(agents, jnp.int32), jnp.ones(num_envs, bool))
+
+
+def explore(
+    key: PRNGKeyArray, params: Params, networks: Networks, collector: CollectorState, task: Int[Array, ""], length: int, hyper: Hyper
+) -> tuple[CollectorState, Slot, Metrics]:
+    """Collects a rollout of `length` slots with epsilon-greedy actions.
+
+    Returns:
+        The collector, the rollout `[T, E, ...]` (its last slots go on into the next rollout) and metrics: `return`, `won`, `length` (means
+        over the episodes that ended, NaN if none did), `episodes`, `env_steps` and `epsilon`.
+    """
+    env = acting_environment(networks.env, networks.config.collect.mode)
+    task_params = networks.tasks.at(task)
+
+    def one_slot(collector: CollectorState, key: PRNGKeyArray) -> tuple[CollectorState, tuple[Slot, Metrics]]:
+        key_act, key_step = jax.random.split(key)
+        epsilon = epsilon_at(collector.explored_env_steps, hyper)
+        actors, slot, outcome = _advance((key_act, key_step), params, networks, env, collector.actors, task, task_params, epsilon)
+        steps = (~outcome.info["reset"]).sum().astype(jnp.float32)
+        collector = CollectorState(actors, collector.explored_env_steps + steps)
+        return collector, (slot, {**_ended(outcome), "env_steps": steps, "epsilon": epsilon})
+
+    collector, (rollout, sums) = jax.lax.scan(one_slot, collector, jax.random.split(key, length))
+    return collector, rollout, _summarise(sums)
+
+
+def cut_rollout(rollout: Slot) -> Slot:
+    """Marks the last slots of a rollout as not continued, where the environments will be reset."""
+    return rollout._replace(continuation=rollout.continuation.at[-1].set(cut_ends(rollout.continuation[-1])))
+
+
+def evaluate(
+    key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Array, ""], episodes: int
+) -> Metrics:
+    """Plays complete episodes greedily.
+
+    Returns:
+        `return`, `won`, `length`: means over exactly `episodes` complete episodes; and `optimum_share`, the return over the best possible one
+        (NaN where that is not known).
+    """
+    env = IdleAfterEnd(EpisodeStatistics(networks.env))
+    task_params = networks.tasks.at(task)
+    key_reset, key_steps = jax.random.split(key)
+    actors = init_actors(key_reset, networks, env, episodes, task_params)
+
+    def one_step(actors: ActorState, key: PRNGKeyArray) -> tuple[ActorState, Metrics]:
+        actors, _, outcome = _advance((key, key), params, networks, env, actors, task, task_params, None)
+        return actors, _ended(outcome)
+
+    _, sums = jax.lax.scan(one_step, actors, jax.random.split(key_steps, env.max_steps))
+    metrics = {name: sums[name].sum() / episodes for name in ("return", "won", "length")}
+    return {**metrics, "optimum_share": metrics["return"] / networks.env.optimal_return(task_params)}
+
+
+def epsilon_at(env_steps: Float[Array, ""], hyper: Hyper) -> Float[Array, ""]:
+    """Epsilon, linear in environment steps."""
+    swept = hyper["exploration"]
+    progress = jnp.clip(env_steps / jnp.maximum(swept["anneal_env_steps"], 1.0), 0.0, 1.0)
+    return swept["epsilon_start"] + progress * (swept["epsilon_finish"] - swept["epsilon_start"])
+
+
+def epsilon_greedy(
+    key: PRNGKeyArray, values: Float[Array, "*N U"], action_mask: Bool[Array, "*N U"], epsilon: Float[Array, ""]
+) -> Int[Array, "*N"]:
+    """Draws each agent's action from a mixture of the greedy action and a uniform one, over available actions only."""
+    greedy = jax.nn.one_hot(mask_unavailable(values, action_mask).argmax(axis=-1), values.shape[-1])
+    uniform = action_mask / action_mask.sum(axis=-1, keepdims=True)
+    return distrax.Categorical(probs=(1 - epsilon) * greedy + epsilon * uniform).sample(seed=key)
+
+
+def _advance(
+    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    params: Params,
+    networks: Networks,
+    env: AutoReset,
+    actors: ActorState,
+    task: Int[Array, ""],
+    task_params: EnvParams,
+    epsilon: Float[Array, ""] | None,
+) -> tuple[ActorState, Slot, Outcome]:
+    """One slot in every environment; greedy if `epsilon` is None."""
+    num_envs = actors.starts.shape[0]
+    record = jax.vmap(env.record)(actors.env)
+    observation = jax.vmap(env.observe, in_axes=(0, None))(record, task_params)
+    values, hidden = _act_values(params, networks, observation, actors, task)
+    if epsilon is None:
+        actions = mask_unavailable(values, observation.action_mask).argmax(axis=-1)
+    else:
+        actions = epsilon_greedy(keys[0], values, observation.action_mask, epsilon)
+    step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
+    state, outcome = step(jax.random.split(keys[1], num_envs), actors.env, actions.astype(jnp.int32), task_params)
+    continuation = continuation_of(outcome)
+    tasks = jnp.full(num_envs, task, jnp.int16)
+    slot = Slot(record, actions.astype(action_dtype(env.num_actions)), outcome.reward, continuation, tasks)
+    return ActorState(state, hidden, actions.astype(jnp.int32), starts_after(continuation)), slot, outcome
+
+
+def _act_values(params: Params, networks: Networks, observation: Observation, actors: ActorState, task: Array) -> tuple[Array, Array]:
+    """One step of the agent network; the time axis of length 1 comes and goes here."""
+    starts = actors.starts[None]
+    code = task_code(networks, jnp.full(starts.shape, task))
+    view = jax.tree.map(lambda leaf: leaf[None], observation)
+    inputs = agent_inputs(networks.config.agent, view, actors.last_actions[None], starts, code)
+    values, hidden = networks.agent.apply({"params": params["agent"]}, inputs, starts, actors.hidden)
+    return values[0], hidden
+
+
+def action_dtype(num_actions: int) -> Any:
+    """The smallest integer type that holds an action."""
+    return jnp.int8 if num_actions <= 127 else jnp.int16
+
+
+def continuation_of(outcome: Outcome) -> Int[Array, "*N"]:
+    """How a slot goes on, from what a self-resetting environment said of it."""
+    continuation = jnp.where(outcome.terminated, Continuation.TERMINATED, Continuation.CONTINUE)
+    continuation = jnp.where(outcome.truncated, Continuation.TRUNCATED, continuation)
+    return jnp.where(outcome.info["reset"], Continuation.CUT, continuation).astype(jnp.int8)
+
+
+def _ended(outcome: Outcome) -> Metrics:
+    """Sums over the episodes that ended on this slot."""
+    info = outcome.info
+    ended = info["episode_ended"].astype(jnp.float32)
+    return {
+        "return": (ended * info["episode_return"]).sum(),
+        "won": (ended * info["won"]).sum(),
+        "length": (ended * info["episode_length"]).sum(),
+        "episodes": ended.sum(),
+    }
+
+
+def _summarise(sums: Metrics) -> Metrics:
+    """Turns sums per slot into those of a rollout; means over episodes are made where several rollouts are joined."""
+    return {name: values.mean() if name == "epsilon" else values.sum() for name, values in sums.items()}

@@ -1,0 +1,1 @@
+"""Networks of the value-factorisation learners."""

@@ -1,0 +1,151 @@
+"""Mixers: how the agents' chosen values become a team value.
+
+Shapes: *N any batch axes, A agents, U actions, G state features, E units of the mixing layer, K kernels. Every mixer gives `[*N, M]` with
+M = 1 team value, or M = A where agents learn by themselves.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from knife_jax.config import Config, QmixConfig, QplexConfig
+from knife_jax.networks.neurons import Dense, Initializer
+
+_TINY = 1e-10
+
+
+class MixerInputs(NamedTuple):
+    """What a mixer may use.
+
+    Attributes:
+        chosen_q: the value of each agent's action.
+        greedy_q: the value of each agent's best available action; QPLEX takes no gradient through it.
+        actions: the one-hot of each agent's action.
+        state: the global state.
+    """
+
+    chosen_q: Float[Array, "*N A"]
+    greedy_q: Float[Array, "*N A"]
+    actions: Float[Array, "*N A U"]
+    state: Float[Array, "*N G"]
+
+
+class Independent(nn.Module):
+    """Independent Q-learning: every agent's value is trained by itself."""
+
+    @nn.compact
+    def __call__(self, inputs: MixerInputs) -> Float[Array, "*N A"]:
+        """The chosen values as they are."""
+        return inputs.chosen_q
+
+
+class VDN(nn.Module):
+    """Value decomposition: the sum of the agents' values.
+
+    References:
+        Sunehag et al., Value-Decomposition Networks For Cooperative Multi-Agent Learning, 2018.
+    """
+
+    @nn.compact
+    def __call__(self, inputs: MixerInputs) -> Float[Array, "*N 1"]:
+        """The sum over agents."""
+        return inputs.chosen_q.sum(axis=-1, keepdims=True)
+
+
+class QMIX(nn.Module):
+    """A mixing layer whose weights come from the state and are never negative, so that the team value is monotone in every agent's.
+
+    References:
+        Rashid et al., QMIX: Monotonic Value Function Factorisation for Deep Multi-Agent Reinforcement Learning, 2018 (PyMARL's `qmix.py`).
+    """
+
+    config: QmixConfig = QmixConfig()
+    initializer: Initializer = Initializer()
+
+    @nn.compact
+    def __call__(self, inputs: MixerInputs) -> Float[Array, "*N 1"]:
+        """The team value."""
+        q, state, embed = inputs.chosen_q, inputs.state, self.config.embed_size
+        num_agents = q.shape[-1]
+        w1 = jnp.abs(self._hypernet("w1", num_agents * embed, state)).reshape(*q.shape, embed)
+        b1 = Dense(embed, self.initializer, name="b1_output")(state)
+        hidden = nn.elu(jnp.einsum("...a,...ae->...e", q, w1) + b1)
+        w2 = jnp.abs(self._hypernet("w2", embed, state))
+        value_hidden = nn.relu(Dense(embed, self.initializer, name="v_hidden")(state))
+        value = Dense(1, self.initializer, name="v_output")(value_hidden)
+        return (hidden * w2).sum(axis=-1, keepdims=True) + value
+
+    def _hypernet(self, name: str, size: int, state: Array) -> Array:
+        if self.config.hypernet_layers == 2:
+            state = nn.relu(Dense(self.config.hypernet_size, self.initializer, name=f"{name}_hidden")(state))
+        return Dense(size, self.initializer, name=f"{name}_output")(state)
+
+
+class QPLEX(nn.Module):
+    """Duplex duelling mixing ("dmaq"): a sum of transformed values plus advantages weighted by a positive lambda-net.
+
+    `Q_tot = sum_i q~max_i + sum_i lambda_i w_i (q_i - qmax_i)` with `q~ = w q + v`. The advantage branch trains the lambda-net alone: it is
+    detached from agents and from w, so that `dQ_tot/dq_i = w_i` for every action. Its parts are sown as intermediates `w`, `v`, `lambda`
+    and `advantage`, each `[*N, A]`.
+
+    References:
+        Wang et al., QPLEX: Duplex Dueling Multi-Agent Q-Learning, 2021 (its `dmaq_general.py` and `dmaq_si_weight.py`).
+    """
+
+    config: QplexConfig = QplexConfig()
+    initializer: Initializer = Initializer()
+
+    @nn.compact
+    def __call__(self, inputs: MixerInputs) -> Float[Array, "*N 1"]:
+        """The team value."""
+        w, v = self._transformation(inputs.state, inputs.chosen_q.shape[-1])
+        transformed = w * inputs.chosen_q + v
+        advantage = jax.lax.stop_gradient(w * (inputs.chosen_q - inputs.greedy_q))
+        weight = self._lambda_net(inputs.state, inputs.actions)
+        for name, value in {"w": w, "v": v, "lambda": weight, "advantage": advantage}.items():
+            self.sow("intermediates", name, value)
+        weight = weight - 1.0 if self.config.is_minus_one else weight
+        return (transformed + advantage * weight).sum(axis=-1, keepdims=True)
+
+    def _transformation(self, state: Array, num_agents: int) -> tuple[Array, Array]:
+        """The positive scale w and the shift v of each agent's value; 1 and 0 without `weighted_head`."""
+        if not self.config.weighted_head:
+            return jnp.ones((*state.shape[:-1], num_agents)), jnp.zeros((*state.shape[:-1], num_agents))
+        w = jnp.abs(self._two_layers("w", num_agents, state)) + _TINY
+        return w, self._two_layers("v", num_agents, state)
+
+    def _lambda_net(self, state: Array, actions: Array) -> Array:
+        """The positive weights of the advantages, summed over kernels."""
+        num_agents = actions.shape[-2]
+        joint = jnp.concatenate([state, actions.reshape(*actions.shape[:-2], -1)], axis=-1)
+        key = jnp.abs(self._kernels("key", 1, state)) + _TINY
+        agents = nn.sigmoid(self._kernels("agents", num_agents, state))
+        action = nn.sigmoid(self._kernels("action", num_agents, joint))
+        return (key * agents * action).sum(axis=-2)
+
+    def _two_layers(self, name: str, size: int, state: Array) -> Array:
+        hidden = nn.relu(Dense(self.config.hypernet_size, self.initializer, name=f"{name}_hidden")(state))
+        return Dense(size, self.initializer, name=f"{name}_output")(hidden)
+
+    def _kernels(self, name: str, size: int, features: Array) -> Array:
+        """One network per kernel, stacked; `[*N, I]` to `[*N, K, size]`."""
+        stack = self.config.num_kernels
+        for layer in range(1, self.config.adv_layers):
+            hidden = Dense(self.config.adv_size, self.initializer, stack, layer > 1, name=f"{name}_hidden_{layer}")
+            features = nn.relu(hidden(features))
+        return Dense(size, self.initializer, stack, self.config.adv_layers > 1, name=f"{name}_output")(features)
+
+
+def make_mixer(config: Config) -> nn.Module:
+    """The mixer that `learner.mixer` names."""
+    initializer = Initializer(config.learner.mixer_initializer, config.learner.mixer_init_scale)
+    mixers = {
+        "none": Independent(),
+        "vdn": VDN(),
+        "qmix": QMIX(config.qmix, initializer),
+        "qplex": QPLEX(config.qplex, initializer),
+    }
+    return mixers[config.learner.mixer]

@@ -1,0 +1,134 @@
+"""Layers whose parameters keep each unit's numbers together, and their initializers.
+
+Kernels are `[inputs, units]`, a GRU's `[inputs, 3, units]` (gates r, z, n), stacked kernels have the stack in front. A unit is always an
+index of the last axis of what enters it, and of the second last input axis of what it feeds.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+
+class Initializer(NamedTuple):
+    """How weights and biases are drawn.
+
+    Attributes:
+        name: `torch_uniform` (weights and biases uniform within 1/sqrt(fan in), as PyTorch's layers), `flax` (LeCun normal, zero biases)
+            or `orthogonal` (zero biases).
+        scale: scale of the orthogonal weights.
+    """
+
+    name: str = "torch_uniform"
+    scale: float = 1.0
+
+    def kernel(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
+        """Draws a kernel `[inputs, ..., units]`."""
+        if self.name == "torch_uniform":
+            return _uniform_within(key, shape, fan_in)
+        flat = (shape[0], shape[1] if len(shape) == 2 else shape[1] * shape[2])
+        draw = nn.initializers.lecun_normal() if self.name == "flax" else nn.initializers.orthogonal(self.scale)
+        return draw(key, flat, jnp.float32).reshape(shape)
+
+    def bias(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
+        """Draws the biases that go with a kernel of `fan_in` inputs."""
+        if self.name == "torch_uniform":
+            return _uniform_within(key, shape, fan_in)
+        return jnp.zeros(shape)
+
+
+def _uniform_within(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+class Dense(nn.Module):
+    """An affine layer, `[..., inputs]` to `[..., units]`; with `stack=K`, K of them side by side.
+
+    A stacked layer takes `[..., inputs]`, shared by all K, or `[..., K, inputs]`, and gives `[..., K, units]`.
+    """
+
+    units: int
+    initializer: Initializer = Initializer()
+    stack: int | None = None
+    stacked_input: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "... I"]) -> Float[Array, "... units"]:
+        """Applies the layer."""
+        fan_in = inputs.shape[-1]
+        kernel = self.param("kernel", self._stacked(self.initializer.kernel), (fan_in, self.units), fan_in)
+        bias = self.param("bias", self._stacked(self.initializer.bias), (self.units,), fan_in)
+        if self.stack is None:
+            product = inputs @ kernel
+        elif self.stacked_input:
+            product = jnp.einsum("...ki,kio->...ko", inputs, kernel)
+        else:
+            product = jnp.einsum("...i,kio->...ko", inputs, kernel)
+        return product + bias.reshape((1,) * (product.ndim - bias.ndim) + bias.shape)
+
+    def _stacked(self, draw: Callable[..., Array]) -> Callable[..., Array]:
+        """Draws every layer of the stack by itself, so that each has the law of a single one."""
+        stack = self.stack
+        if stack is None:
+            return draw
+        return lambda key, shape, fan_in: jax.vmap(lambda k: draw(k, shape, fan_in))(jax.random.split(key, stack))
+
+
+class GRU(nn.Module):
+    """A gated recurrent layer with PyTorch's equations, scanned over time.
+
+    `r = s(W_r x + b_r + U_r h + c_r)`, `z` alike, `n = tanh(W_n x + b_n + r (U_n h + c_n))`, `h' = (1 - z) n + z h`. What depends on the
+    input alone is one matrix product for all steps outside the scan; inside it there is one product for the three gates.
+    """
+
+    units: int
+    initializer: Initializer = Initializer()
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "T *N I"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N units"]
+    ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N units"]]:
+        """Unrolls the layer.
+
+        Args:
+            inputs: time first.
+            starts: where an episode starts; the hidden state is zero before those steps.
+            hidden: the state before the first step.
+
+        Returns:
+            The hidden states after every step, and the last one.
+        """
+        size = inputs.shape[-1]
+        draw, units = self.initializer, self.units
+        input_kernel = self.param("input_kernel", draw.kernel, (size, 3, units), units)
+        input_bias = self.param("input_bias", draw.bias, (3, units), units)
+        hidden_kernel = self.param("hidden_kernel", draw.kernel, (units, 3, units), units)
+        hidden_bias = self.param("hidden_bias", draw.bias, (3, units), units)
+        flat_kernel, flat_bias = hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)
+        projected = _affine(inputs, input_kernel.reshape(size, -1), input_bias.reshape(-1))
+
+        def one_step(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+            projection, start = step
+            state = jnp.where(start[..., None], 0.0, state)
+            state = _gates(projection, _affine(state, flat_kernel, flat_bias), state)
+            return state, state
+
+        hidden, outputs = jax.lax.scan(one_step, hidden, (projected, starts))
+        return outputs, hidden
+
+
+def _affine(inputs: Array, kernel: Array, bias: Array) -> Array:
+    return inputs @ kernel + bias.reshape((1,) * (inputs.ndim - 1) + bias.shape)
+
+
+def _gates(from_input: Array, from_hidden: Array, state: Array) -> Array:
+    """Combines the projections `[..., 3 H]` of input and hidden state into the next hidden state."""
+    input_r, input_z, input_n = jnp.split(from_input, 3, axis=-1)
+    hidden_r, hidden_z, hidden_n = jnp.split(from_hidden, 3, axis=-1)
+    reset, update = nn.sigmoid(input_r + hidden_r), nn.sigmoid(input_z + hidden_z)
+    candidate = jnp.tanh(input_n + reset * hidden_n)
+    return (1 - update) * candidate + update * state
