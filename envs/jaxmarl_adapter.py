@@ -18,11 +18,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from envs.base import Actions, Environment, EnvParams, Flag, Observation, Outcome, Scalar
 
@@ -31,9 +31,6 @@ SMAX_SCENARIOS = (
     *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
 )
 
-TeamReward = Literal["first", "sum", "mean"]
-GlobalState = Literal["world_state", "observations"]
-
 _TEAM_REWARDS: dict[str, Callable[[Float[Array, "A"]], Scalar]] = {
     "first": lambda rewards: rewards[0],
     "sum": jnp.sum,
@@ -41,7 +38,7 @@ _TEAM_REWARDS: dict[str, Callable[[Float[Array, "A"]], Scalar]] = {
 }
 
 # JaxMARL's cooperative games: "first" where every agent is given the same reward, "sum" where each has a part of its own.
-_TEAM_REWARD_OF_GAME: dict[str, TeamReward] = {
+_TEAM_REWARD_OF_GAME: dict[str, str] = {
     "EnemySMAX": "first",
     "Overcooked": "first",
     "OvercookedV2": "first",
@@ -99,8 +96,8 @@ class FromJaxMARL(Environment):
     """
 
     env: Any
-    team_reward: TeamReward
-    global_state: GlobalState
+    team_reward: str
+    global_state: str
     action_counts: tuple[int, ...]
     observation_sizes: tuple[int, ...]
     state_size: int
@@ -164,7 +161,7 @@ class FromJaxMARL(Environment):
             state = jnp.concatenate([record.agents[i, :size] for i, size in enumerate(self.observation_sizes)])
         return Observation(record.agents, state, record.action_mask, jnp.ones((self.num_agents,), bool))
 
-    def _record(self, observations: Mapping[str, Num[Array, "..."]], inner: Any) -> FromJaxMARLRecord:
+    def _record(self, observations: Mapping[str, Shaped[Array, "..."]], inner: Any) -> FromJaxMARLRecord:
         agents = jnp.stack([_padded(observations[agent], self.observation_size) for agent in self.env.agents])
         world_state = self._world_state(observations, inner) if self.global_state == "world_state" else None
         return FromJaxMARLRecord(agents.astype(jnp.float32), world_state, self._action_mask(inner))
@@ -176,7 +173,7 @@ class FromJaxMARL(Environment):
         masks = available(inner)
         return jnp.stack([_padded(masks[agent], self.num_actions) for agent in self.env.agents]).astype(bool)
 
-    def _world_state(self, observations: Mapping[str, Num[Array, "..."]], inner: Any) -> Float[Array, "G"]:
+    def _world_state(self, observations: Mapping[str, Shaped[Array, "..."]], inner: Any) -> Float[Array, "G"]:
         del inner
         return observations["world_state"].reshape(-1).astype(jnp.float32)
 
@@ -194,8 +191,8 @@ class FromSMAX(FromJaxMARL):
 
     Attributes:
         legacy_state: keeps JaxMARL's world state, with positions in map units (0 to 32), unbounded cooldowns in seconds (down to -50) and
-            type numbers. By default every feature is in [0, 1], scaled as in the units' own observations; the zeros of the dead stay.
-            (Units that SMACv2's generator puts outside the map, where they die at once, reach 34/32.)
+            type numbers (0 to 5). By default every feature is scaled to [0, 1], as in the units' own observations; the zeros of the dead
+            stay. (Positions may be up to 2/32 outside: units push each other over the edge, and SMACv2's generator puts some there.)
     """
 
     legacy_state: bool = False
@@ -212,7 +209,7 @@ class FromSMAX(FromJaxMARL):
         allies, enemies = jnp.split(self._units(inner).unit_alive, [self.env.num_allies])
         return jnp.any(allies) & ~jnp.any(enemies)
 
-    def _world_state(self, observations: Mapping[str, Num[Array, "..."]], inner: Any) -> Float[Array, "G"]:
+    def _world_state(self, observations: Mapping[str, Shaped[Array, "..."]], inner: Any) -> Float[Array, "G"]:
         raw = super()._world_state(observations, inner)
         return raw if self.legacy_state else _normalised_world_state(self.env, self._units(inner), raw)
 
@@ -220,9 +217,9 @@ class FromSMAX(FromJaxMARL):
 def from_jaxmarl(
     env: Any,
     *,
-    team_reward: TeamReward | None = None,
+    team_reward: str | None = None,
     max_steps: int | None = None,
-    global_state: GlobalState | None = None,
+    global_state: str | None = None,
     legacy_state: bool = False,
 ) -> FromJaxMARL:
     """Gives a JaxMARL environment our interface.
@@ -252,13 +249,14 @@ def from_jaxmarl(
         raise ValueError(f"legacy_state is an option of SMAX's world state, which {game} does not have")
     with in_jaxmarl():
         observations, _ = jax.eval_shape(env.reset, jax.random.key(0))
-    if not all(hasattr(_entry(observations, agent), "shape") for agent in env.agents):
+    if not (isinstance(observations, Mapping) and all(hasattr(observations.get(agent), "shape") for agent in env.agents)):
         raise ValueError(f"{game} does not return one observation array per agent name, so it cannot be adapted")
     sizes = tuple(math.prod(observations[agent].shape) for agent in env.agents)
+    choices = ("world_state", "observations") if "world_state" in observations else ("observations",)
     if global_state is None:
-        global_state = "world_state" if "world_state" in observations else "observations"
-    if global_state == "world_state" and "world_state" not in observations:
-        raise ValueError(f"{game} has no world_state; use global_state='observations'")
+        global_state = choices[0]
+    if global_state not in choices:
+        raise ValueError(f"global_state of {game} must be one of {', '.join(choices)}, got {global_state!r}")
     facts = {
         "env": env,
         "team_reward": _team_reward(env, team_reward),
@@ -276,9 +274,9 @@ def from_jaxmarl(
 def make_jaxmarl(
     name: str,
     *,
-    team_reward: TeamReward | None = None,
+    team_reward: str | None = None,
     max_steps: int | None = None,
-    global_state: GlobalState | None = None,
+    global_state: str | None = None,
     legacy_state: bool = False,
     **env_options: Any,
 ) -> FromJaxMARL:
@@ -378,14 +376,13 @@ def _time_limit(env: Any) -> int:
     raise ValueError(f"{type(env).__name__} has no time limit of its own; give max_steps")
 
 
-def _team_reward(env: Any, given: TeamReward | None) -> TeamReward:
+def _team_reward(env: Any, given: str | None) -> str:
     if given is not None and given not in _TEAM_REWARDS:
         raise ValueError(f"team_reward must be one of {', '.join(_TEAM_REWARDS)}, got {given!r}")
     defaults = [_TEAM_REWARD_OF_GAME[kind.__name__] for kind in type(env).__mro__ if kind.__name__ in _TEAM_REWARD_OF_GAME]
     if given is None and not defaults and len(env.agents) > 1:
         raise ValueError(f"the agents of {type(env).__name__} may not share one aim; give team_reward: {', '.join(_TEAM_REWARDS)}")
-    candidates: list[TeamReward] = [*([] if given is None else [given]), *defaults, "first"]
-    return candidates[0]
+    return given if given is not None else (*defaults, "first")[0]
 
 
 def _action_count(env: Any, agent: str) -> int:
@@ -395,12 +392,12 @@ def _action_count(env: Any, agent: str) -> int:
     return int(space.n)
 
 
-def _available_actions(env: Any) -> Callable[[Any], Mapping[str, Num[Array, "U"]]] | None:
+def _available_actions(env: Any) -> Callable[[Any], Mapping[str, Shaped[Array, "U"]]] | None:
     """The function that lists the available actions, where the game has one (Hanabi's has another name)."""
     if hasattr(env, "get_legal_moves"):
         return env.get_legal_moves
-    base = import_jaxmarl().environments.MultiAgentEnv
-    return None if type(env).get_avail_actions is base.get_avail_actions else env.get_avail_actions
+    overridden = any("get_avail_actions" in vars(kind) for kind in type(env).__mro__ if kind.__name__ != "MultiAgentEnv")
+    return env.get_avail_actions if overridden else None
 
 
 def _normalised_world_state(smax: Any, units: Any, raw: Float[Array, "G"]) -> Float[Array, "G"]:
@@ -414,11 +411,7 @@ def _normalised_world_state(smax: Any, units: Any, raw: Float[Array, "G"]) -> Fl
     return jnp.concatenate([features.reshape(-1), teams, types / (smax.unit_type_bits - 1)])
 
 
-def _entry(observations: Any, agent: str) -> Any:
-    return observations.get(agent) if isinstance(observations, Mapping) else None
-
-
-def _padded(array: Num[Array, "..."], size: int) -> Num[Array, "{size}"]:
+def _padded(array: Shaped[Array, "..."], size: int) -> Shaped[Array, "{size}"]:
     flat = array.reshape(-1)
     return jnp.pad(flat, (0, size - flat.size))
 

@@ -28,6 +28,8 @@ class ToJaxMARLState(State):
         game: the game's own state.
     """
 
+    done: Any  # not an array type: JAX rebuilds states around batches and placeholders, and JaxMARL's own annotation is of one flag
+    step: Any
     game: Any
 
 

@@ -8,12 +8,13 @@ xmu-rl-3dv/GradPS (the origin of the hunters), with one deviation, at `PredatorP
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from envs.base import Actions, Environment, Observation, Outcome, Scalar, Tasks, stack_tasks
@@ -151,8 +152,8 @@ class PredatorPrey(Environment):
     def __post_init__(self):
         least = {"height": 1, "width": 1, "num_agents": 1, "num_stags": 0, "num_hares": 0, "radius": 0, "max_steps": 1}
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)}")
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= smallest):
+                raise ValueError(f"{name} must be a whole number of at least {smallest}, not {getattr(self, name)!r}")
         for name in ("height", "width"):
             if getattr(self, name) > LARGEST_SIDE:
                 raise ValueError(f"{name} must be at most {LARGEST_SIDE} (a record keeps positions in bytes), not {getattr(self, name)}")
@@ -208,8 +209,9 @@ class PredatorPrey(Environment):
         are frozen before the next prey's turn; too few are punished, once per prey; and a prey that is not captured moves to a
         random free neighbouring cell, if there is one and it does not rest.
 
-        The episode terminates when no prey is alive or no agent is left unfrozen, and is then won. Deviation from the source: where that
-        coincides with the time limit the source reports the limit, so that its learner bootstraps; here the episode is terminated, not truncated.
+        The episode terminates when no prey is alive or no agent is left unfrozen, and only then is won: agents left over, too few for any
+        prey, play on to the time limit. Deviation from the source: where both ends coincide the source reports the limit, so that its
+        learner bootstraps; here the episode is terminated and not truncated.
 
         Returns:
             The next state, and an outcome whose `info` counts the `captures` and `miscaptures` (punished prey) of this step.
@@ -473,10 +475,10 @@ SCENARIOS: dict[str, Scenario] = {
 def make(scenario: str = "pymarl2", **overrides: Any) -> tuple[PredatorPrey, PredatorPreyParams]:
     """A game and the parameters of its task.
 
-    The settings are those of pymarl2's `stag_hunt.yaml`, of WQMIX's `pred_prey_punish` and DCG's `rel_overgen` (both: punishment -2), and
-    of GradPS's three sizes. `p05` and `p15` are pymarl2's with a punishment of -0.5 and -1.5. ReBorn publishes sizes, view, rewards and that every
-    prey takes two agents (NeurIPS 2024, Table 4), but no configuration: its 150 steps are taken from GradPS, by the same group, that
-    captures do not freeze is inferred from its having twice as many prey as agents, and that miscaptures are not punished is assumed.
+    The settings are those of pymarl2's `stag_hunt.yaml`, of WQMIX's `pred_prey_punish` and DCG's `rel_overgen` (the same game, with a
+    punishment of -2), and of GradPS's three sizes. `p05` and `p15` are pymarl2's with a punishment of -0.5 and -1.5. ReBorn publishes
+    sizes, view, rewards and that every prey takes two agents (NeurIPS 2024, Table 4), but no configuration: its 150 steps are taken from
+    GradPS, by the same group; that captures do not freeze and miscaptures are not punished is assumed.
 
     Args:
         scenario: a name in `SCENARIOS`.
@@ -496,7 +498,7 @@ def make(scenario: str = "pymarl2", **overrides: Any) -> tuple[PredatorPrey, Pre
 def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
     """The drift `drift`: a task, seven tasks that each change one thing about it, and the first task again.
 
-    They change the capture condition (one more agent), the capture reward (a third), the miscapture punishment (1.5 more), prey speed (it
+    They change the capture condition (one more agent), the capture reward (half), the miscapture punishment (1.5 more), prey speed (it
     rests every other step), numbers (half of the agents and of the prey), the grid (three quarters of its height and width, the
     rest is wall), and whether captures freeze.
 
@@ -507,28 +509,21 @@ def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
     Raises:
         ValueError: if a task is not possible, for example because its entities do not fit between the walls.
     """
-    base = {name: getattr(params, name) for name in PredatorPreyParams._fields}
-    sides = {name: _three_quarters(base[name]) for name in ("active_height", "active_width")}
-    numbers = {name: (base[name] + 1) // 2 for name in ("active_agents", "active_stags", "active_hares")}
+    base = {name: np.asarray(value) for name, value in params._asdict().items()}
+    numbers = ("active_agents", "active_stags", "active_hares")
+    sides = ("active_height", "active_width")
     changes = {
         "base": {},
         "condition": {"capture_condition": base["capture_condition"] + 1},
-        "reward": {"capture_reward": base["capture_reward"] / 3},
+        "reward": {"capture_reward": base["capture_reward"] / 2},
         "punishment": {"miscapture_punishment": base["miscapture_punishment"] - 1.5},
-        "rest": {"rest_probability": jnp.full(2, 0.5)},
-        "numbers": numbers,
-        "walls": sides,
+        "rest": {"rest_probability": (0.5, 0.5)},
+        "numbers": {name: (base[name] + 1) // 2 for name in numbers},
+        "walls": {name: (3 * base[name] + 3) // 4 for name in sides},
         "freezing": {"capture_freezes": ~base["capture_freezes"], "remove_frozen": ~base["capture_freezes"]},
     }
     tasks = [_params(env, {**base, **change}) for change in changes.values()]
     return stack_tasks(tasks, tuple(changes), (*range(len(changes)), 0))
-
-
-DRIFTS: dict[str, Callable[[PredatorPrey, PredatorPreyParams], Tasks]] = {"drift": drift_tasks}
-
-
-def _three_quarters(length: Int[Array, ""]) -> Int[Array, ""]:
-    return (3 * length + 3) // 4
 
 
 def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
@@ -553,7 +548,7 @@ def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
     }
     params = PredatorPreyParams(**{name: _leaf(name, rules.get(name, default), default) for name, default in defaults.items()})
     limits = {
-        "capture_condition": (0, None),
+        "capture_condition": (0, np.inf),
         "rest_probability": (0, 1),
         "active_agents": (1, env.num_agents),
         "active_stags": (0, env.num_stags),
@@ -564,22 +559,25 @@ def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
     }
     for name, (least, most) in limits.items():
         value = getattr(params, name)
-        if (value < least).any() or (most is not None and (value > most).any()):
-            raise ValueError(f"{name} must be at least {least}{'' if most is None else f' and at most {most}'}, not {value.tolist()}")
-    entities = int(params.active_agents + params.active_stags + params.active_hares)
-    _check_room(entities, int(params.active_height), int(params.active_width), "active agents, stags and hares", "active_height x active_width")
-    return params
+        if not ((least <= value) & (value <= most)).all():
+            raise ValueError(f"{name} must be at least {least} and at most {most}, not {value.tolist()}")
+    prey = params.active_stags + params.active_hares
+    if prey == 0:
+        raise ValueError("active_stags + active_hares must be at least 1: without prey every episode is over before it starts")
+    entities, height, width = int(params.active_agents + prey), int(params.active_height), int(params.active_width)
+    _check_room(entities, height, width, "active_agents + active_stags + active_hares", "active_height x active_width")
+    return jax.tree.map(jnp.asarray, params)
 
 
-def _leaf(name: str, value: Any, default: Any) -> Array:
-    """One parameter as an array of the shape and type of its default."""
-    like = jnp.asarray(default)
-    leaf = jnp.asarray(value)
-    if leaf.shape != like.shape:
-        raise ValueError(f"{name} must have the shape {like.shape} ([stag, hare] where it is (2,)), not {leaf.shape}")
-    if leaf.dtype != like.dtype and not jnp.can_cast(leaf.dtype, like.dtype):
-        raise ValueError(f"{name} must be of type {like.dtype}, not {leaf.dtype}")
-    return leaf.astype(like.dtype)
+def _leaf(name: str, value: Any, default: Any) -> Any:
+    """One parameter as a NumPy array (readable while JAX is tracing) of the shape and type of its default."""
+    shape, dtype = np.shape(default), jax.dtypes.canonicalize_dtype(np.asarray(default).dtype)
+    leaf = np.asarray(value)
+    if leaf.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}{' for [stag, hare]' if shape else ''}, not {leaf.shape}")
+    if not np.can_cast(leaf.dtype, dtype, "same_kind"):
+        raise ValueError(f"{name} must be of type {dtype}, not {leaf.dtype}")
+    return leaf.astype(dtype)
 
 
 def _check_room(entities: int, height: int, width: int, counted: str, sides: str) -> None:

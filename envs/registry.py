@@ -40,9 +40,14 @@ class Entry:
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest one that does."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+    return ValueError(f"unknown {kind} {name!r}; did you mean {nearest(str(name), names)!r}? Known: {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like the given one; one that begins with it comes first."""
+    names = sorted(known)
+    beginning = [candidate for candidate in names if name and candidate.startswith(name)]
+    return difflib.get_close_matches(name, beginning or names, n=1, cutoff=0.0)[0]
 
 
 def _build_matrix(scenario: str, payoff: Any = None) -> tuple[Environment, EnvParams]:
@@ -53,6 +58,11 @@ def _build_matrix(scenario: str, payoff: Any = None) -> tuple[Environment, EnvPa
     if scenario == "mmdp":
         return matrix_game.mmdp()
     return matrix_game.matrix_game(matrix_game.PAYOFFS[scenario])
+
+
+def _build_jaxmarl(scenario: str, **options: Any) -> tuple[Environment, EnvParams]:
+    env = jaxmarl_adapter.make_jaxmarl(scenario, **options)
+    return env, env.default_params
 
 
 def _permuted(task_seed: int = 0, num_tasks: int = 5) -> Game:
@@ -84,13 +94,13 @@ GAMES: dict[str, Entry] = {
     ),
     "smax": Entry(
         "JaxMARL's SMAX against its heuristic enemy",
-        jaxmarl_adapter.make_jaxmarl,
+        _build_jaxmarl,
         scenarios=jaxmarl_adapter.SMAX_SCENARIOS,
         default="3m",
     ),
     "jaxmarl": Entry(
         "any environment of JaxMARL by its own name",
-        jaxmarl_adapter.make_jaxmarl,
+        _build_jaxmarl,
         scenarios=("MPE_simple_spread_v3",),
         default="MPE_simple_spread_v3",
         open_ended=True,
@@ -142,7 +152,9 @@ def _sequence(name: str, entry: Entry, scenario: str, tasks: Sequence[Mapping[st
             raise ValueError(f"tasks[{index}]: {error}") from error
         first = builds[0][0] if builds else env
         if env.num_actions != first.num_actions:
-            raise ValueError(f"tasks[{index}]: {env.num_actions} actions, but tasks[0] has {first.num_actions}; one sequence needs one number")
+            raise ValueError(
+                f"tasks[{index}]: {env.num_actions} actions, but tasks[0] has {first.num_actions}; one sequence needs one number"
+            )
         if env != first:
             raise ValueError(f"tasks[{index}]: its environment {env} differs in shape from that of tasks[0], {first}")
         builds.append((env, params))

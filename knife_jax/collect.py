@@ -75,14 +75,12 @@ def cut_rollout(rollout: Slot) -> Slot:
     return rollout._replace(continuation=rollout.continuation.at[-1].set(cut_ends(rollout.continuation[-1])))
 
 
-def evaluate(
-    key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Array, ""], episodes: int
-) -> Metrics:
+def evaluate(key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Array, ""], episodes: int) -> Metrics:
     """Plays complete episodes greedily.
 
     Returns:
-        `return`, `won`, `length`: means over exactly `episodes` complete episodes; and `optimum_share`, the return over the best possible one
-        (NaN where that is not known).
+        `return`, `won`, `length`: means over exactly `episodes` complete episodes; and `optimum_share`, the return over the best possible
+        one (NaN where that is not known).
     """
     env = IdleAfterEnd(EpisodeStatistics(networks.env))
     task_params = networks.tasks.at(task)
@@ -148,7 +146,7 @@ def _act_values(params: Params, networks: Networks, observation: Observation, ac
     view = jax.tree.map(lambda leaf: leaf[None], observation)
     inputs = agent_inputs(networks.config.agent, view, actors.last_actions[None], starts, code)
     values, hidden = networks.agent.apply({"params": params["agent"]}, inputs, starts, actors.hidden)
-    return values[0], hidden
+    return jnp.asarray(values)[0], jnp.asarray(hidden)
 
 
 def action_dtype(num_actions: int) -> Any:

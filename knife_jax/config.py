@@ -4,16 +4,15 @@ Every number that the literature leaves open is a field here. Units are in the n
 of one environment added up over the parallel ones, `_updates` are gradient steps, `_episodes` are complete episodes.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import tyro
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from tyro.constructors import PrimitiveConstructorSpec
 
 from envs import registry
 
@@ -29,7 +28,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 Swept = Annotated[float, Field(ge=0), Sweepable]
 Share = Annotated[float, Field(ge=0, le=1), Sweepable]
 InitializerName = Literal["torch_uniform", "flax", "orthogonal"]
-_YAML = tyro.conf.arg(constructor=yaml.safe_load, metavar="YAML")
+_YAML = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="YAML",
+    instance_from_str=lambda words: yaml.safe_load(words[0]),
+    is_instance=lambda value: isinstance(value, dict | list | tuple),
+    str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+)
 
 
 @dataclass(frozen=True, config=_SETTINGS)
@@ -179,9 +184,9 @@ class CollectConfig:
     rollout_length: Positive = 16
     """Slots collected from each environment per round; ignored by the mode `episode`."""
     mode: Literal["continuous", "rollout", "episode"] = "continuous"
-    """`continuous`: episodes go on across rounds, training sequences start anywhere. `rollout`: environments restart every round, a training
-    sequence is a whole rollout (JaxMARL). `episode`: every round is one complete episode per environment, idle and masked after its end,
-    and so is a training sequence (PyMARL)."""
+    """`continuous`: episodes go on across rounds, training sequences start anywhere. `rollout`: environments restart every round, a
+    training sequence is a whole rollout (JaxMARL). `episode`: every round is one complete episode per environment, idle and masked after
+    its end, and so is a training sequence (PyMARL)."""
 
 
 @dataclass(frozen=True, config=_SETTINGS)
@@ -265,12 +270,12 @@ class Config:
         return cls(**sections)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "Config":
-        """Reads a YAML file; errors as in `from_dict`."""
+    def from_yaml(cls, path: str | Path, base: "Config | None" = None) -> "Config":
+        """Reads a YAML file over `base`; errors as in `from_dict`."""
         content = yaml.safe_load(Path(path).read_text()) or {}
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must hold a mapping of configuration fields; got {type(content).__name__}")
-        return cls.from_dict(content)
+        return cls.from_dict(content, base)
 
     def to_dict(self) -> dict[str, Any]:
         """The nested dict from which `from_dict` makes this configuration again."""
@@ -343,7 +348,7 @@ def _merge(base: dict[str, Any], values: Mapping[str, Any], cls: type, path: str
 
 def _unknown_field(path: str, name: str, siblings: list[str]) -> ValueError:
     """The error for a field that does not exist, with the nearest of its siblings."""
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)[0]
+    near = registry.nearest(name, siblings)
     return ValueError(f"{path}{name}: no such field; did you mean {path}{near}? Known: {', '.join(siblings)}")
 
 
@@ -355,6 +360,6 @@ def _explain(error: ValidationError, section_name: str, section: type) -> list[s
         line = f"{path}: {item['msg']}, got {item['input']!r}"
         choices = [choice for choice in get_args(get_type_hints(section)[str(item["loc"][0])]) if isinstance(choice, str)]
         if choices and isinstance(item["input"], str):
-            line += f"; did you mean {difflib.get_close_matches(item['input'], choices, n=1, cutoff=0.0)[0]!r}?"
+            line += f"; did you mean {registry.nearest(item['input'], choices)!r}?"
         lines.append(line)
     return lines

@@ -121,9 +121,7 @@ def td_lambda_returns(
     return returns
 
 
-def loss_fn(
-    params: Params, target_params: Params, networks: Networks, batch: Sequences, hyper: Hyper
-) -> tuple[Float[Array, ""], Metrics]:
+def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Sequences, hyper: Hyper) -> tuple[Float[Array, ""], Metrics]:
     """The masked TD error of a batch of sequences.
 
     Returns:
@@ -219,9 +217,7 @@ def _unroll(params: Params, networks: Networks, inputs: Array, batch: Sequences)
     return jnp.asarray(values)
 
 
-def _mix(
-    params: Params, networks: Networks, actions: Array, values: Array, best: Array, state: Array, observation: Observation
-) -> Array:
+def _mix(params: Params, networks: Networks, actions: Array, values: Array, best: Array, state: Array, observation: Observation) -> Array:
     """Team values of given actions; agents that do not exist in the task add nothing."""
     one_hot = jax.nn.one_hot(actions, values.shape[-1], dtype=values.dtype)
     exists = observation.agent_mask

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from envs.wrappers import AutoReset
 from knife_jax import collect, learner, replay
 from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Hyper, LearnerState, Metrics, Networks
@@ -27,11 +28,11 @@ class Counters(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """Everything that a run carries from one round to the next."""
+    """Everything that a run carries from one round to the next; `train` returns it without the replay unless asked."""
 
     learner: LearnerState
     collector: collect.CollectorState
-    replay: replay.ReplayState | None
+    replay: replay.ReplayState
     counters: Counters
     key: PRNGKeyArray
 
@@ -76,7 +77,8 @@ def make_train(
 
         * `eval/{return,won,length,optimum_share}` `[N]`: greedy play of the current task;
         * `train/*` `[N]`: means since the last evaluation, NaN before a task's first step and where there was nothing to average;
-        * `position`, `task`, `rounds`, `updates` `[N]`: index into the task order, into the distinct tasks, rounds and gradient steps so far;
+        * `position`, `task`, `rounds`, `updates` `[N]`: index into the task order, into the distinct tasks, rounds and gradient steps
+          so far;
         * `all_tasks/*` `[P, K]`: greedy play of every distinct task at every task's end.
 
     Raises:
@@ -118,7 +120,8 @@ def make_train(
         state, (rows, everywhere) = jax.lax.scan(one_task, state, (jnp.arange(len(order)), order))
         metrics = {name: values.reshape(-1) for name, values in rows.items()}
         metrics |= {name.replace("eval/", "all_tasks/"): values for name, values in everywhere.items()}
-        return {"runner_state": state if return_replay else state._replace(replay=None), "metrics": metrics}
+        kept = state if return_replay else state._replace(replay=None)  # pyright: ignore[reportArgumentType]
+        return {"runner_state": kept, "metrics": metrics}
 
     return train
 
@@ -160,7 +163,7 @@ def make_program(config: Config) -> Program:
             learned = learned._replace(opt_state=learner.make_optimizer(config, hyper).init(learned.params))
         return RunnerState(learned, collector, stored, state.counters, key)
 
-    def one_round(state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, Metrics]:
+    def one_round(state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
         key, key_reset, key_explore, key_learn = jax.random.split(state.key, 4)
         collector = state.collector
         if config.collect.mode != "continuous":
@@ -173,12 +176,12 @@ def make_program(config: Config) -> Program:
         stored = replay.add(state.replay, rollout)
         learned, updates, summed = _learn(key_learn, state, stored, networks, plan, hyper)
         counters = Counters(state.counters.rounds + 1, updates)
-        return RunnerState(learned, collector, stored, counters, key), {"played": played, "learned": summed}
+        return RunnerState(learned, collector, stored, counters, key), (played, summed)
 
     def train_rounds(state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, Metrics]:
         updates = state.counters.updates
-        state, sums = jax.lax.scan(lambda state, _: one_round(state, task, hyper), state, length=plan.rounds_per_evaluation)
-        return state, _train_metrics(sums["played"], sums["learned"], state.counters.updates - updates)
+        state, (played, learned) = jax.lax.scan(lambda state, _: one_round(state, task, hyper), state, length=plan.rounds_per_evaluation)
+        return state, _train_metrics(played, learned, state.counters.updates - updates)
 
     def evaluate(state: RunnerState, task: Array) -> tuple[RunnerState, Metrics]:
         key, key_play = jax.random.split(state.key)
@@ -224,9 +227,7 @@ def _learn(
 
     def one_update(carry: tuple[LearnerState, Array], key: PRNGKeyArray) -> tuple[tuple[LearnerState, Array], Metrics]:
         learned, updates = carry
-        batch = replay.sample(
-            key, stored, settings.replay.batch_size, plan.sequence_slots, plan.sequence_stride, settings.replay.burn_in
-        )
+        batch = replay.sample(key, stored, settings.replay.batch_size, plan.sequence_slots, plan.sequence_stride, settings.replay.burn_in)
         learned, metrics = learner.gradient_step(learned, networks, batch, hyper)
         return (learner.update_target(learned, networks, updates + 1, hyper), updates + 1), metrics
 
@@ -266,10 +267,17 @@ def _nan_like(shapes: Metrics) -> Metrics:
     return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
 
 
-def _example_slot(networks: Networks, acting: Any, actors: collect.ActorState) -> replay.Slot:
-    """One slot, as shapes."""
-    single = jax.tree.map(lambda leaf: leaf[0], actors.env)
+def _example_slot(networks: Networks, acting: AutoReset, actors: collect.ActorState) -> replay.Slot:
+    """One slot, blank."""
     env = networks.env
-    actions = jax.ShapeDtypeStruct((env.num_agents,), collect.action_dtype(env.num_actions))
-    reward, continuation = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int8)
-    return replay.Slot(jax.eval_shape(acting.record, single), actions, reward, continuation, jax.ShapeDtypeStruct((), jnp.int16))
+
+    def record(states: Any) -> Any:
+        return acting.record(jax.tree.map(lambda leaf: leaf[0], states))
+
+    return replay.Slot(
+        jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(record, actors.env)),
+        jnp.zeros(env.num_agents, collect.action_dtype(env.num_actions)),
+        jnp.zeros(()),
+        jnp.zeros((), jnp.int8),
+        jnp.zeros((), jnp.int16),
+    )

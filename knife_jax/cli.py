@@ -1,0 +1,154 @@
+"""The command line: `knife-jax train` and `knife-jax list`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from envs.registry import GAMES
+from knife_jax import results, runner
+from knife_jax.config import Config, LearnerConfig
+from knife_jax.plan import make_game
+from knife_jax.presets import PRESETS, preset_config
+
+DEFAULT_PRESET = "matrix_drift"
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Trains one configuration for many seeds in one compiled program.
+
+    Writes metrics.npz, config.yaml, summary.json and learning_curve.png into a new directory, once all is done.
+    """
+
+    preset: str = DEFAULT_PRESET
+    """The named configuration to start from, see `knife-jax list`; the fields below override it."""
+    config: Path | None = None
+    """A YAML file with configuration fields, laid over the preset."""
+    seeds: int = 1
+    """How many seeds, trained side by side."""
+    first_seed: int = 0
+    """The first of them."""
+    out: Path | None = None
+    """The new directory for results; runs/<preset>-<date>-<time> if not given."""
+    fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (2 for what the user must mend)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train_command, "list": list_command}
+    if not given or given[0] not in commands:
+        wants_help = bool(given) and given[0] in ("-h", "--help")
+        stream = sys.stdout if wants_help else sys.stderr
+        known = ", ".join(commands)
+        print(f"usage: knife-jax COMMAND ...\n\ncommands: {known}; each explains itself with --help", file=stream)
+        if given and not wants_help:
+            print(f"\nunknown command {given[0]!r}", file=sys.stderr)
+        return 0 if wants_help else 2
+    try:
+        return commands[given[0]](given[1:])
+    except (ValueError, OSError) as error:
+        print(f"knife-jax: {error}", file=sys.stderr)
+        return 2
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """`knife-jax train`: parse, train with a progress line, print the table, write the files."""
+    parsed = parse_train(arguments)
+    config = parsed.fields
+    out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    results.refuse_existing(out)
+    plan, text = runner.describe_plan(config, parsed.seeds)
+    env, tasks = make_game(config)
+    console = _console()
+    console.print(text)
+    total = len(tasks.order) * (plan.evaluations_per_task + 1)
+    with _progress_line(console) as line:
+        job = line.add_task("compiling", total=total, news="")
+
+        def on_evaluation(event: dict[str, np.ndarray]) -> None:
+            position = int(np.ravel(event["position"])[0])
+            measure = "won" if env.reports_wins else "return"
+            news = f"{measure} {np.mean(event[f'eval/{measure}']):.2f}, {int(np.ravel(event['updates'])[0]):,} updates"
+            line.update(job, advance=1, description=f"task {position + 1}/{len(tasks.order)}", news=news)
+
+        result = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=on_evaluation)
+    summary = results.summarise(result, env.reports_wins)
+    console.print(results.as_table(summary))
+    if summary.plasticity_loss:
+        console.print(summary.plasticity_loss)
+    results.save(result, out, env.reports_wins)
+    seconds = result.provenance
+    console.print(
+        f"compiled in {seconds['compile_seconds']:.0f} s, ran in {seconds['run_seconds']:.0f} s; results in {out}", soft_wrap=True
+    )
+    return 0
+
+
+def parse_train(arguments: Sequence[str]) -> TrainArguments:
+    """Reads the flags of `train`: first the preset and the file, then every field over them.
+
+    Raises:
+        ValueError: for an unknown preset or bad fields.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=DEFAULT_PRESET)
+    first.add_argument("--config", type=Path)
+    named, _ = first.parse_known_args(arguments)
+    base = preset_config(named.preset)
+    if named.config is not None:
+        base = Config.from_yaml(named.config, base)
+    default = TrainArguments(preset=named.preset, config=named.config, fields=base)
+    parsed = tyro.cli(TrainArguments, args=list(arguments), default=default, prog="knife-jax train", use_underscores=True)
+    if parsed.seeds < 1:
+        raise ValueError(f"--seeds: at least 1, got {parsed.seeds}")
+    return parsed
+
+
+def list_command(arguments: Sequence[str]) -> int:
+    """`knife-jax list`: games, scenarios, mixers and presets."""
+    argparse.ArgumentParser(prog="knife-jax list", description="Lists games, scenarios, mixers and presets.").parse_args(arguments)
+    console = _console()
+    games = Table("game", "what it is", "scenarios", "task sequences", title="Games", title_justify="left")
+    for name, entry in GAMES.items():
+        games.add_row(name, entry.summary, ", ".join(entry.scenarios), ", ".join(entry.drifts))
+    console.print(games)
+    mixers = get_args(get_type_hints(LearnerConfig)["mixer"])
+    console.print(f"Mixers: {', '.join(mixers)}")
+    console.print(f"Presets: {', '.join(PRESETS)}")
+    console.print(f"Devices: {', '.join(str(device) for device in jax.devices())}")
+    return 0
+
+
+def _console() -> Console:
+    """A console wide enough for the tables where there is no terminal to ask."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _progress_line(console: Console) -> Progress:
+    """One line that moves on a terminal; nothing where there is none."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[news]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

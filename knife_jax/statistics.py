@@ -1,0 +1,64 @@
+"""Aggregates over seeds, with intervals."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+_RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A point estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def below(self, other: "Estimate") -> bool:
+        """Whether this one's whole interval lies below the other's."""
+        return self.high < other.low
+
+
+def iqm(values: Float[np.ndarray, "..."], axis: int = -1) -> np.ndarray:
+    """The interquartile mean: the mean of the middle half.
+
+    References:
+        Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
+    """
+    return np.asarray(stats.trim_mean(values, 0.25, axis=axis))
+
+
+def iqm_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
+    """The interquartile mean over seeds, with a percentile bootstrap interval.
+
+    NaNs (seeds with nothing to report) are left out. The bootstrap is seeded, so that equal data give equal intervals.
+    """
+    return _bootstrap(values, iqm)
+
+
+def mean_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean over seeds.
+
+    The interval is Wilson's where every seed is 0 or 1 (a bootstrap of equal values has no width), else a percentile bootstrap's.
+    """
+    kept = values[np.isfinite(values)]
+    if kept.size and np.isin(kept, (0.0, 1.0)).all():
+        interval = stats.binomtest(int(kept.sum()), kept.size).proportion_ci(method="wilson")
+        return Estimate(float(kept.mean()), float(interval.low), float(interval.high))
+    return _bootstrap(values, np.mean)
+
+
+def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
+    kept = np.asarray(values, np.float64)[np.isfinite(values)]
+    if kept.size == 0:
+        return Estimate(np.nan, np.nan, np.nan)
+    point = float(statistic(kept))  # pyright: ignore[reportCallIssue]
+    if kept.size == 1 or np.ptp(kept) == 0:
+        return Estimate(point, point, point)
+    result = stats.bootstrap((kept,), statistic, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    return Estimate(point, float(result.confidence_interval.low), float(result.confidence_interval.high))
