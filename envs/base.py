@@ -1,10 +1,11 @@
-"""The interface that every game speaks, and the wrappers that every game shares.
+"""The interface that every game speaks, sequences of tasks, and the errors for names that do not exist.
 
 Shapes: A agents, U actions, D observation features, G state features. Everything here is for one environment; batching is `jax.vmap`.
 """
 
 import abc
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -138,3 +139,16 @@ def stack_tasks(params: Sequence[EnvParams], names: Sequence[str], order: Sequen
             )
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
     return Tasks(stacked, tuple(names), tuple(range(len(names))) if order is None else tuple(order))
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    names = sorted(known)
+    return ValueError(f"unknown {kind} {name!r}; did you mean {nearest(str(name), names)!r}? Known: {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name most like the given one; one that begins with it comes first."""
+    names = sorted(known)
+    beginning = [candidate for candidate in names if name and candidate.startswith(name)]
+    return difflib.get_close_matches(name, beginning or names, n=1, cutoff=0.0)[0]

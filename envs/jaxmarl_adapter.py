@@ -3,20 +3,14 @@
 JaxMARL (Rutherford et al., 2023, arXiv:2311.10090) keys agents by name, resets an ended episode within the step and calls every end `done`.
 Here agents are an array axis, the last observation of an episode is the true one, and an end by the time limit is a truncation.
 
-Three habits of JaxMARL are kept to its own calls: it needs NumPy's rank promotion, it warns, and it prints when imported. Importing it
-takes seconds, so nothing here does before it is needed.
+Importing JaxMARL takes seconds, so nothing here does before it is needed.
 
 Shapes: A agents, U actions, D observation features, G state features.
 """
 
-import contextlib
-import difflib
 import functools
-import io
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from envs.base import Actions, Environment, EnvParams, Flag, Observation, Outcome, Scalar
+from envs.base import Actions, Environment, EnvParams, Flag, Observation, Outcome, Scalar, unknown_name
+from envs.jaxmarl_quiet import import_jaxmarl, in_jaxmarl
 
 SMAX_SCENARIOS = (
     *("3m", "2s3z", "25m", "3s5z", "8m", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"),
@@ -300,8 +295,7 @@ def make_jaxmarl(
     jaxmarl = import_jaxmarl()
     names = (*jaxmarl.environments.smax.smax_env.MAP_NAME_TO_SCENARIO, *jaxmarl.registered_envs)
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"JaxMARL has no game {name!r}; did you mean {nearest!r}? Known: {', '.join(names)}")
+        raise unknown_name("game of JaxMARL", name, names)
     env = _built(name, **env_options) if env_options else _stock(name)
     return from_jaxmarl(env, team_reward=team_reward, max_steps=max_steps, global_state=global_state, legacy_state=legacy_state)
 
@@ -332,32 +326,6 @@ def to_jaxmarl(env: Environment, params: EnvParams = None) -> Any:
     from envs.jaxmarl_export import ToJaxMARL
 
     return ToJaxMARL(env, env.default_params if params is None else params)
-
-
-def import_jaxmarl() -> Any:
-    """Imports JaxMARL without the lines that it prints and the warnings of its dependencies.
-
-    On its way in, JaxMARL 0.2 points `sys.stdout` and `sys.stderr` at the interpreter's own streams, and only then prints.
-    """
-    streams = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__")}
-    sys.stdout = sink = io.StringIO()
-    setattr(sys, "__stdout__", sink)  # noqa: B010 (a read-only name to the type checker)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import jaxmarl
-    finally:
-        for name, stream in streams.items():
-            setattr(sys, name, stream)
-    return jaxmarl
-
-
-@contextlib.contextmanager
-def in_jaxmarl() -> Iterator[None]:
-    """Lets JaxMARL's own code mix ranks and warn; goes around the calls into JaxMARL, and holds while they are traced."""
-    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _held(env: Any, state: Any) -> Any:

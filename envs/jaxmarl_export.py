@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Environment, EnvParams
-from envs.jaxmarl_adapter import import_jaxmarl
+from envs.jaxmarl_quiet import import_jaxmarl
 
 import_jaxmarl()
 

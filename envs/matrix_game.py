@@ -152,7 +152,7 @@ def matrix_params(payoff: Any) -> TabularParams:
         ValueError: if the payoff is not two-dimensional, is empty, or holds a value that is not finite.
     """
     try:
-        table = np.asarray(payoff, np.float64)
+        table = np.asarray(payoff).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError) as error:
         raise ValueError(f"a payoff must be a 2-D array of numbers, rows for agent 0; got {payoff!r}") from error
     if table.ndim != NUM_AGENTS or table.size == 0:
@@ -226,11 +226,13 @@ def permuted_payoffs(task_seed: int, num_tasks: int = 5, payoff: Sequence[Sequen
         payoff: the payoff to permute, with a unique optimum.
 
     Raises:
-        ValueError: if there are fewer different cells than tasks.
+        ValueError: if there are fewer different cells than tasks, or less than one task.
     """
     table = np.asarray(payoff, np.float64)
-    if num_tasks > table.size:
-        raise ValueError(f"a {table.shape} payoff has {table.size} cells for its optimum, too few for {num_tasks} tasks")
+    if not 1 <= num_tasks <= table.size:
+        raise ValueError(
+            f"num_tasks must be 1 to {table.size}, the cells where the optimum of a {table.shape} payoff may lie; got {num_tasks}"
+        )
     permutations = list(itertools.product(*(itertools.permutations(range(size)) for size in table.shape)))
     order = np.random.default_rng(task_seed).permutation(len(permutations))
     chosen, optima = [table], {int(table.argmax())}

@@ -7,17 +7,16 @@ The rules are those of `stag_hunt.py` in the public repositories wendelinboehmer
 xmu-rl-3dv/GradPS (the origin of the hunters), with one deviation, at `PredatorPrey.step`.
 """
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from envs.base import Actions, Environment, Observation, Outcome, Scalar, Tasks, stack_tasks
+from envs.base import Actions, Environment, Observation, Outcome, Scalar
+from envs.predator_prey_types import PredatorPreyParams, PredatorPreyRecord, PredatorPreyState
 
 ACTIONS = ("right", "down", "left", "up", "stay", "catch")
 STAY, CATCH = ACTIONS.index("stay"), ACTIONS.index("catch")
@@ -25,76 +24,6 @@ DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 STAG, HARE = 0, 1
 NOWHERE, WALL = -1, -2
 LARGEST_SIDE = 256
-
-
-class PredatorPreyParams(NamedTuple):
-    """A task: everything that may differ between tasks of one size, as arrays.
-
-    Attributes:
-        capture_condition: how many agents must catch a prey at once, for [stag, hare].
-        capture_reward: what a captured prey pays the team, for [stag, hare].
-        miscapture_punishment: added (so usually negative) once for every prey that some agents, but too few, try to catch.
-        time_reward: added on every step.
-        collision_reward: added for every agent that acts and does not move. As in the source that includes those that chose to stay or
-            to catch, whose own marker is in their way; keep it 0 to avoid this.
-        rest_probability: the chance that a prey that could move does not, for [stag, hare].
-        capture_freezes: whether the catchers of a captured prey are out for the rest of the episode.
-        remove_frozen: whether a frozen agent leaves the grid (then it blocks nobody, is not seen and sees nothing) or stands where it is.
-        prevent_cannibalism: whether a capture needs an agent next to the prey; matters only for a condition of 0.
-        active_agents: agents in the game, the first ones; the others are never placed.
-        active_stags: stags in the game, the first ones.
-        active_hares: hares in the game, the first ones.
-        active_height: rows in the game, the upper ones; the others are wall. Walls look like empty cells but show in the action mask.
-        active_width: columns in the game, the left ones; the others are wall.
-        num_hunters: agents that are hunters, the first ones. GradPS draws a fresh random subset whenever an environment is constructed, and
-            does not say whether training and evaluation environments agree; agents are alike but for their index, so the first ones lose
-            no generality. Nobody observes who is a hunter.
-        hunter_multiplier: factor on the reward of a hare that has a hunter among its catchers.
-    """
-
-    capture_condition: Int[Array, "2"]
-    capture_reward: Float[Array, "2"]
-    miscapture_punishment: Float[Array, ""]
-    time_reward: Float[Array, ""]
-    collision_reward: Float[Array, ""]
-    rest_probability: Float[Array, "2"]
-    capture_freezes: Bool[Array, ""]
-    remove_frozen: Bool[Array, ""]
-    prevent_cannibalism: Bool[Array, ""]
-    active_agents: Int[Array, ""]
-    active_stags: Int[Array, ""]
-    active_hares: Int[Array, ""]
-    active_height: Int[Array, ""]
-    active_width: Int[Array, ""]
-    num_hunters: Int[Array, ""]
-    hunter_multiplier: Float[Array, ""]
-
-
-class PredatorPreyState(NamedTuple):
-    """The full state. A position means nothing where the agent is not in the task or the prey is not alive.
-
-    Attributes:
-        agents: positions.
-        prey: positions, stags first.
-        frozen: agents that are out after a capture.
-        alive: prey that are neither captured nor absent from the task.
-        steps: environment steps since the reset.
-    """
-
-    agents: Int[Array, "A 2"]
-    prey: Int[Array, "P 2"]
-    frozen: Bool[Array, "A"]
-    alive: Bool[Array, "P"]
-    steps: Int[Array, ""]
-
-
-class PredatorPreyRecord(NamedTuple):
-    """The 3N bytes of a state that can be observed: all but the time."""
-
-    agents: UInt8[Array, "A 2"]
-    prey: UInt8[Array, "P 2"]
-    frozen: Bool[Array, "A"]
-    alive: Bool[Array, "P"]
 
 
 class _PreyTurn(NamedTuple):
@@ -159,7 +88,7 @@ class PredatorPrey(Environment):
                 raise ValueError(f"{name} must be at most {LARGEST_SIDE} (a record keeps positions in bytes), not {getattr(self, name)}")
         if self.num_prey == 0:
             raise ValueError("num_stags + num_hares must be at least 1: without prey every episode is over before it starts")
-        _check_room(self.num_agents + self.num_prey, self.height, self.width, "num_agents + num_stags + num_hares", "height x width")
+        check_room(self.num_agents + self.num_prey, self.height, self.width, "num_agents + num_stags + num_hares", "height x width")
 
     @property
     def num_prey(self) -> int:
@@ -183,8 +112,8 @@ class PredatorPrey(Environment):
 
     @property
     def default_params(self) -> PredatorPreyParams:
-        """The rules of pymarl2's `stag_hunt.yaml`, everyone active. For those of another scenario see `make`."""
-        return _params(self, {})
+        """The rules of pymarl2's `stag_hunt.yaml`, everyone active. For other rules see `envs.predator_prey_scenarios.make`."""
+        return PredatorPreyParams(**{name: jnp.asarray(value) for name, value in default_rules(self).items()})
 
     def reset(self, key: PRNGKeyArray, params: PredatorPreyParams) -> PredatorPreyState:
         """Places the active entities on distinct cells, uniformly at random."""
@@ -434,101 +363,9 @@ def _distinct_cells(key: PRNGKeyArray, present: Bool[Array, "N"], num_cells: Int
     return jnp.where(present, cells[rank], 0)
 
 
-class Scenario(NamedTuple):
-    """A published setting: the sizes of the game and the rules that differ from the defaults.
-
-    Attributes:
-        sizes: fields of `PredatorPrey`.
-        rules: fields of `PredatorPreyParams`.
-    """
-
-    sizes: dict[str, int]
-    rules: dict[str, Any]
-
-
-def _gradps(side: int, agents: int, hunters: int) -> Scenario:
-    sizes = {"height": side, "width": side, "num_agents": agents, "num_stags": agents, "num_hares": agents, "radius": 3, "max_steps": 150}
-    rules = {"capture_reward": (10.0, 2.0), "num_hunters": hunters, "hunter_multiplier": 5.0}
-    return Scenario(sizes, {**rules, "capture_freezes": False, "remove_frozen": False})
-
-
-def _reborn(side: int, agents: int) -> Scenario:
-    sizes = {"height": side, "width": side, "num_agents": agents, "num_stags": 2 * agents, "num_hares": 0, "radius": 1, "max_steps": 150}
-    return Scenario(sizes, {"time_reward": -0.1, "capture_freezes": False, "remove_frozen": False})
-
-
-SCENARIOS: dict[str, Scenario] = {
-    "pymarl2": Scenario({}, {}),
-    "p05": Scenario({}, {"miscapture_punishment": -0.5}),
-    "p15": Scenario({}, {"miscapture_punishment": -1.5}),
-    "wqmix": Scenario({}, {"miscapture_punishment": -2.0}),
-    "dcg": Scenario({}, {"miscapture_punishment": -2.0}),
-    "gradps_small": _gradps(20, 6, 2),
-    "gradps_medium": _gradps(25, 10, 3),
-    "gradps_large": _gradps(30, 15, 5),
-    "reborn_small": _reborn(20, 6),
-    "reborn_medium": _reborn(30, 12),
-    "reborn_large": _reborn(40, 18),
-}
-
-
-def make(scenario: str = "pymarl2", **overrides: Any) -> tuple[PredatorPrey, PredatorPreyParams]:
-    """A game and the parameters of its task.
-
-    The settings are those of pymarl2's `stag_hunt.yaml`, of WQMIX's `pred_prey_punish` and DCG's `rel_overgen` (the same game, with a
-    punishment of -2), and of GradPS's three sizes. `p05` and `p15` are pymarl2's with a punishment of -0.5 and -1.5. ReBorn publishes
-    sizes, view, rewards and that every prey takes two agents (NeurIPS 2024, Table 4), but no configuration: its 150 steps are taken from
-    GradPS, by the same group; that captures do not freeze and miscaptures are not punished is assumed.
-
-    Args:
-        scenario: a name in `SCENARIOS`.
-        **overrides: fields of `PredatorPrey` or `PredatorPreyParams`. The active numbers and sides follow the static ones unless given.
-
-    Raises:
-        ValueError: if the scenario or an override is unknown, or a value is out of range or of the wrong shape.
-    """
-    _check_names("scenario", [scenario], SCENARIOS)
-    sizes, rules = SCENARIOS[scenario]
-    static = {field.name for field in fields(PredatorPrey)}
-    _check_names("override", overrides, [*sorted(static), *PredatorPreyParams._fields])
-    env = PredatorPrey(**{**sizes, **{name: value for name, value in overrides.items() if name in static}})
-    return env, _params(env, {**rules, **{name: value for name, value in overrides.items() if name not in static}})
-
-
-def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
-    """The drift `drift`: a task, seven tasks that each change one thing about it, and the first task again.
-
-    They change the capture condition (one more agent), the capture reward (half), the miscapture punishment (1.5 more), prey speed (it
-    rests every other step), numbers (half of the agents and of the prey), the grid (three quarters of its height and width, the
-    rest is wall), and whether captures freeze.
-
-    Args:
-        env: the game; every task has its sizes.
-        params: the first task.
-
-    Raises:
-        ValueError: if a task is not possible, for example because its entities do not fit between the walls.
-    """
-    base = {name: np.asarray(value) for name, value in params._asdict().items()}
-    numbers = ("active_agents", "active_stags", "active_hares")
-    sides = ("active_height", "active_width")
-    changes = {
-        "base": {},
-        "condition": {"capture_condition": base["capture_condition"] + 1},
-        "reward": {"capture_reward": base["capture_reward"] / 2},
-        "punishment": {"miscapture_punishment": base["miscapture_punishment"] - 1.5},
-        "rest": {"rest_probability": (0.5, 0.5)},
-        "numbers": {name: (base[name] + 1) // 2 for name in numbers},
-        "walls": {name: (3 * base[name] + 3) // 4 for name in sides},
-        "freezing": {"capture_freezes": ~base["capture_freezes"], "remove_frozen": ~base["capture_freezes"]},
-    }
-    tasks = [_params(env, {**base, **change}) for change in changes.values()]
-    return stack_tasks(tasks, tuple(changes), (*range(len(changes)), 0))
-
-
-def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
-    """Validated parameters: pymarl2's rules with everyone active, but for `rules`."""
-    defaults = {
+def default_rules(env: PredatorPrey) -> dict[str, np.ndarray]:
+    """The fields of `PredatorPrey.default_params` as NumPy arrays, which can be read while JAX is tracing."""
+    rules = {
         "capture_condition": (2, 1),
         "capture_reward": (10.0, 1.0),
         "miscapture_punishment": 0.0,
@@ -546,48 +383,14 @@ def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:
         "num_hunters": 0,
         "hunter_multiplier": 1.0,
     }
-    params = PredatorPreyParams(**{name: _leaf(name, rules.get(name, default), default) for name, default in defaults.items()})
-    limits = {
-        "capture_condition": (0, np.inf),
-        "rest_probability": (0, 1),
-        "active_agents": (1, env.num_agents),
-        "active_stags": (0, env.num_stags),
-        "active_hares": (0, env.num_hares),
-        "active_height": (1, env.height),
-        "active_width": (1, env.width),
-        "num_hunters": (0, env.num_agents),
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(params, name)
-        if not ((least <= value) & (value <= most)).all():
-            raise ValueError(f"{name} must be at least {least} and at most {most}, not {value.tolist()}")
-    prey = params.active_stags + params.active_hares
-    if prey == 0:
-        raise ValueError("active_stags + active_hares must be at least 1: without prey every episode is over before it starts")
-    entities, height, width = int(params.active_agents + prey), int(params.active_height), int(params.active_width)
-    _check_room(entities, height, width, "active_agents + active_stags + active_hares", "active_height x active_width")
-    return jax.tree.map(jnp.asarray, params)
+    return {name: np.asarray(value) for name, value in rules.items()}
 
 
-def _leaf(name: str, value: Any, default: Any) -> Any:
-    """One parameter as a NumPy array (readable while JAX is tracing) of the shape and type of its default."""
-    shape, dtype = np.shape(default), jax.dtypes.canonicalize_dtype(np.asarray(default).dtype)
-    leaf = np.asarray(value)
-    if leaf.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}{' for [stag, hare]' if shape else ''}, not {leaf.shape}")
-    if not np.can_cast(leaf.dtype, dtype, "same_kind"):
-        raise ValueError(f"{name} must be of type {dtype}, not {leaf.dtype}")
-    return leaf.astype(dtype)
+def check_room(entities: int, height: int, width: int, counted: str, sides: str) -> None:
+    """Refuses a grid that is too small; `counted` and `sides` name what was given.
 
-
-def _check_room(entities: int, height: int, width: int, counted: str, sides: str) -> None:
+    Raises:
+        ValueError: if there are more entities than cells.
+    """
     if entities > height * width:
         raise ValueError(f"{counted} make {entities} entities, more than the {height * width} cells of {sides} = {height} x {width}")
-
-
-def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}")

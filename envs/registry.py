@@ -1,12 +1,12 @@
 """Games and task sequences by name."""
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from envs import jaxmarl_adapter, matrix_game, predator_prey
-from envs.base import Environment, EnvParams, Tasks, stack_tasks
+from envs import jaxmarl_adapter, matrix_game, predator_prey_scenarios
+from envs.base import Environment, EnvParams, Tasks, stack_tasks, unknown_name
 
 
 class Game(NamedTuple):
@@ -37,19 +37,6 @@ class Entry:
     open_ended: bool = False
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest one that does."""
-    names = sorted(known)
-    return ValueError(f"unknown {kind} {name!r}; did you mean {nearest(str(name), names)!r}? Known: {', '.join(names)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like the given one; one that begins with it comes first."""
-    names = sorted(known)
-    beginning = [candidate for candidate in names if name and candidate.startswith(name)]
-    return difflib.get_close_matches(name, beginning or names, n=1, cutoff=0.0)[0]
-
-
 def _build_matrix(scenario: str, payoff: Any = None) -> tuple[Environment, EnvParams]:
     if payoff is not None:
         return matrix_game.matrix_game(payoff)
@@ -73,8 +60,8 @@ def _permuted(task_seed: int = 0, num_tasks: int = 5) -> Game:
 
 
 def _predator_prey_drift(**options: Any) -> Game:
-    env, params = predator_prey.make(**options)
-    return Game(env, predator_prey.drift_tasks(env, params))
+    env, params = predator_prey_scenarios.make(**options)
+    return Game(env, predator_prey_scenarios.drift_tasks(env, params))
 
 
 GAMES: dict[str, Entry] = {
@@ -87,8 +74,8 @@ GAMES: dict[str, Entry] = {
     ),
     "predator_prey": Entry(
         "grid stag hunt with sequential moves and punished lone catches",
-        predator_prey.make,
-        scenarios=tuple(predator_prey.SCENARIOS),
+        predator_prey_scenarios.make,
+        scenarios=tuple(predator_prey_scenarios.SCENARIOS),
         default="pymarl2",
         drifts={"drift": _predator_prey_drift},
     ),
@@ -163,6 +150,8 @@ def _sequence(name: str, entry: Entry, scenario: str, tasks: Sequence[Mapping[st
 
 
 def _build(name: str, entry: Entry, scenario: str, options: Mapping[str, Any]) -> tuple[Environment, EnvParams]:
+    if scenario in entry.drifts:
+        raise ValueError(f"scenario {scenario!r} is itself a sequence of tasks, so it cannot be one task of a sequence")
     if scenario not in entry.scenarios and not entry.open_ended:
         raise unknown_name(f"scenario of {name!r}", scenario, (*entry.scenarios, *entry.drifts))
     return _called(entry.build, options, scenario)
@@ -170,6 +159,12 @@ def _build(name: str, entry: Entry, scenario: str, options: Mapping[str, Any]) -
 
 def _called(maker: Callable[..., Any], options: Mapping[str, Any], *arguments: Any) -> Any:
     """Calls a maker; an option that it does not take is the user's error, not a crash."""
+    parameters = list(inspect.signature(maker).parameters.values())[len(arguments) :]
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        known = [parameter.name for parameter in parameters]
+        for name in options:
+            if name not in known:
+                raise unknown_name("option", name, known)
     try:
         return maker(*arguments, **options)
     except TypeError as error:

@@ -83,8 +83,8 @@ class AutoResetState(NamedTuple):
 class AutoReset(Wrapper):
     """Starts a new episode on the step *after* an end, so that the true last observation is seen like any other.
 
-    On that step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true. A game of one step that
-    cannot truncate has nothing to learn from its last observation and is reset at once.
+    On that step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true. In a game of one step there is
+    nothing to learn from the last observation: it is reset at once, and every end of it is a termination.
     """
 
     @property
@@ -100,7 +100,7 @@ class AutoReset(Wrapper):
         """Advances one step, or starts a new episode where the last one is over."""
         key_step, key_reset = jax.random.split(key)
         fresh = self.env.reset(key_reset, params)
-        stepped, outcome = self.env.step(key_step, state.env, actions, params)
+        stepped, outcome = self._inner_step(key_step, state, actions, params)
         ended = outcome.terminated | outcome.truncated
         if self.resets_at_once:
             next_env = _select(ended, fresh, stepped)
@@ -111,17 +111,26 @@ class AutoReset(Wrapper):
         """The record of the wrapped state."""
         return self.env.record(state.env)
 
+    def _inner_step(self, key: PRNGKeyArray, state: AutoResetState, actions: Actions, params: EnvParams) -> tuple[EnvState, Outcome]:
+        """Steps the wrapped game; a bootstrap from an observation that is never seen is ruled out here."""
+        stepped, outcome = self.env.step(key, state.env, actions, params)
+        if self.resets_at_once:
+            ended = outcome.terminated | outcome.truncated
+            outcome = outcome._replace(terminated=ended, truncated=jnp.zeros((), bool))
+        return stepped, outcome
+
 
 @dataclass(frozen=True)
 class IdleAfterEnd(AutoReset):
     """Stays in the last state of an ended episode for ever, so that a fixed number of steps holds exactly one complete episode.
 
-    On an idle step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true, as on `AutoReset`'s.
+    On an idle step the actions are ignored, the reward is 0, neither flag is set and `info["reset"]` is true, as on `AutoReset`'s. Here
+    too every end of a game of one step is a termination.
     """
 
     def step(self, key: PRNGKeyArray, state: AutoResetState, actions: Actions, params: EnvParams) -> tuple[AutoResetState, Outcome]:
         """Advances one step, or idles where the episode is over."""
-        stepped, outcome = self.env.step(key, state.env, actions, params)
+        stepped, outcome = self._inner_step(key, state, actions, params)
         over = state.over | outcome.terminated | outcome.truncated
         return AutoResetState(_select(state.over, state.env, stepped), over), _ignored_where(state.over, outcome)
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from tyro.constructors import PrimitiveConstructorSpec
 
-from envs import registry
+from envs.base import nearest, unknown_name
 
 _SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -321,7 +321,7 @@ def merge_hyper(config: Config, overrides: Mapping[str, Mapping[str, Any]] | Non
     for section, values in (overrides or {}).items():
         for name, value in values.items():
             if f"{section}.{name}" not in known:
-                raise registry.unknown_name("sweepable field", f"{section}.{name}", known)
+                raise unknown_name("sweepable field", f"{section}.{name}", known)
             hyper[section][name] = value
     return hyper
 
@@ -348,7 +348,7 @@ def _merge(base: dict[str, Any], values: Mapping[str, Any], cls: type, path: str
 
 def _unknown_field(path: str, name: str, siblings: list[str]) -> ValueError:
     """The error for a field that does not exist, with the nearest of its siblings."""
-    near = registry.nearest(name, siblings)
+    near = nearest(name, siblings)
     return ValueError(f"{path}{name}: no such field; did you mean {path}{near}? Known: {', '.join(siblings)}")
 
 
@@ -360,6 +360,6 @@ def _explain(error: ValidationError, section_name: str, section: type) -> list[s
         line = f"{path}: {item['msg']}, got {item['input']!r}"
         choices = [choice for choice in get_args(get_type_hints(section)[str(item["loc"][0])]) if isinstance(choice, str)]
         if choices and isinstance(item["input"], str):
-            line += f"; did you mean {registry.nearest(item['input'], choices)!r}?"
+            line += f"; did you mean {nearest(item['input'], choices)!r}?"
         lines.append(line)
     return lines

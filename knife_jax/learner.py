@@ -181,7 +181,7 @@ def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyp
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, state.target_params, networks, batch, hyper)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state._replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": optax.global_norm(grads)}
+    return state._replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
 def update_target(state: LearnerState, networks: Networks, updates: Int[Array, ""], hyper: Hyper) -> LearnerState:

@@ -7,7 +7,7 @@ episodes or rounds, the field's unit here is the gradient step or the environmen
 from collections.abc import Mapping
 from typing import Any
 
-from envs.registry import unknown_name
+from envs.base import unknown_name
 from knife_jax.config import Config
 
 _PYMARL: dict[str, Any] = {

@@ -263,7 +263,7 @@ def _row(
     return row
 
 
-def _nan_like(shapes: Metrics) -> Metrics:
+def _nan_like(shapes: Any) -> Metrics:
     return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
 
 

@@ -1,0 +1,1 @@
+"""Tests of knife_jax and its games."""

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from envs.base import Environment, Observation, Outcome
-from envs.jaxmarl_adapter import SMAX_SCENARIOS, from_jaxmarl, import_jaxmarl, in_jaxmarl, make_jaxmarl, to_jaxmarl
+from envs.jaxmarl_adapter import SMAX_SCENARIOS, from_jaxmarl, make_jaxmarl, to_jaxmarl
+from envs.jaxmarl_quiet import import_jaxmarl, in_jaxmarl
 from envs.wrappers import AutoReset, EpisodeStatistics
 
 BATCH = 8

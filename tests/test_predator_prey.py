@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 
-from envs.predator_prey import (
-    ACTIONS,
-    DIRECTIONS,
-    PredatorPrey,
-    PredatorPreyState,
-    drift_tasks,
-    make,
-)
+from envs.predator_prey import ACTIONS, DIRECTIONS, PredatorPrey
+from envs.predator_prey_scenarios import drift_tasks, make
+from envs.predator_prey_types import PredatorPreyState
 from envs.wrappers import AutoReset, EpisodeStatistics
 
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)

@@ -1,0 +1,29 @@
+# `make train` and `make test` need only Python 3.11+ and make; everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: train test slow lint clean
+
+train: $(STAMP)
+	$(BIN)/knife-jax train --preset matrix_drift --seeds 64
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+slow: $(STAMP)
+	KNIFE_JAX_FAST_CODE=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,282 @@
+"""Targets and losses: the table of TD(lambda) returns, and the same numbers through the real collector, replay and learner."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from envs.base import stack_tasks
+from knife_jax import collect, learner, replay
+from knife_jax.config import Config
+from knife_jax.networks.agents import UNAVAILABLE
+from knife_jax.replay import Continuation
+from tests.probe import ProbeGame, ProbeParams
+
+CONTINUE, TERMINATED, TRUNCATED, CUT = (int(kind) for kind in Continuation)
+
+TABLE = {
+    "terminal at t=3": (
+        [CONTINUE, CONTINUE, CONTINUE, TERMINATED, CUT],
+        {0.0: [19, 29, 39, 4], 0.6: [20.815696, 23.3624, 19.56, 4], 1.0: [8.146, 7.94, 6.6, 4]},
+    ),
+    "truncated at the end": (
+        [CONTINUE, CONTINUE, CONTINUE, TRUNCATED, CUT],
+        {0.0: [19, 29, 39, 49], 0.6: [27.901576, 36.4844, 43.86, 49], 1.0: [40.951, 44.39, 47.1, 49]},
+    ),
+    "cut at the end": (
+        [CONTINUE, CONTINUE, CONTINUE, CONTINUE, CUT],
+        {0.0: [19, 29, 39, 49], 0.6: [27.901576, 36.4844, 43.86, 49], 1.0: [40.951, 44.39, 47.1, 49]},
+    ),
+    "terminal at t=1, padded": (
+        [CONTINUE, TERMINATED, CUT, CUT, CUT],
+        {0.0: [19, 2, 0, 0], 0.6: [9.28, 2, 0, 0], 1.0: [2.8, 2, 0, 0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("td_lambda", [0.0, 0.6, 1.0])
+def test_td_lambda_table(case, td_lambda):
+    """Published worked example: gamma .9, rewards 1 to 4, values 10 to 50; padded rows are masked."""
+    kinds, expected = TABLE[case]
+    reward, values = jnp.array([1.0, 2, 3, 4, 0])[:, None, None], jnp.array([10.0, 20, 30, 40, 50])[:, None, None]
+    continuation = jnp.array(kinds)[:, None]
+    returns = learner.td_lambda_returns(reward, values, continuation, 0.9, td_lambda)
+    masked = jnp.where(continuation[..., None] == CUT, 0.0, returns)[:-1, 0, 0]
+    np.testing.assert_allclose(masked, expected[td_lambda], atol=1e-5)
+
+
+def test_a_truncation_in_the_middle_does_not_leak_into_what_comes_before():
+    """A short truncated episode bootstraps from its own last observation, not from whatever follows in the sequence."""
+    kinds = jnp.array([CONTINUE, TRUNCATED, CUT, CONTINUE, CUT])[:, None]
+    reward, values = jnp.array([1.0, 2, 0, 100, 0])[:, None, None], jnp.array([10.0, 20, 30, 1000, 1000])[:, None, None]
+    returns = learner.td_lambda_returns(reward, values, kinds, 0.9, 1.0)[:, 0, 0]
+    np.testing.assert_allclose(returns[:2], [1 + 0.9 * (2 + 0.9 * 30), 2 + 0.9 * 30], rtol=1e-6)
+
+
+VALUES = np.array([10.0, 20.0, 30.0, 40.0])
+"""The target network's team value of each of the probe game's four observations."""
+
+
+def _probe(mode, td_lambda, **replay_fields):
+    """A configuration, networks and a collector on the probe game, whose two tasks end by rule and by time limit."""
+    config = Config.from_dict(
+        {
+            "agent": {"recurrent": False, "hidden_size": 4, "last_action": False, "agent_id": False},
+            "learner": {"mixer": "vdn", "gamma": 0.9, "td_lambda": td_lambda, "double_q": False},
+            "collect": {"mode": mode, "num_envs": 3},
+            "replay": {"batch_size": 16, **replay_fields},
+        }
+    )
+    game = ProbeGame()
+    rewards = jnp.array([1.0, 2.0, 3.0])
+    tasks = stack_tasks([ProbeParams(jnp.array(True), rewards), ProbeParams(jnp.array(False), rewards)], ["ends", "stops"])
+    return config, learner.make_networks(config, game, tasks)
+
+
+def _known_values(state):
+    """Parameters whose agents' values add up to `VALUES`: the first layer passes the one-hot on, the last one reads it out."""
+    agent = jax.tree.map(jnp.zeros_like, state.params["agent"])
+    for name in ("hidden_1", "hidden_2"):
+        agent[name]["kernel"] = jnp.eye(4)
+    agent["output"]["kernel"] = jnp.tile(jnp.asarray(VALUES / 2, jnp.float32)[:, None], (1, 2))
+    return {**state.params, "agent": agent}
+
+
+def _collected(config, networks, task, length, rollouts):
+    """A replay filled by the real collector, and freshly drawn learner state, compiled."""
+    return jax.jit(lambda: _collect(config, networks, task, length, rollouts))()
+
+
+def _collect(config, networks, task, length, rollouts):
+    env = collect.acting_environment(networks.env, config.collect.mode)
+    state = learner.init(jax.random.key(0), networks, config.hyper)
+    task = jnp.int32(task)
+
+    def fresh(key):
+        return collect.init_actors(key, networks, env, config.collect.num_envs, networks.tasks.at(task))
+
+    collector = collect.CollectorState(fresh(jax.random.key(1)), jnp.zeros(()))
+    stored = None
+    for index in range(rollouts):
+        if config.collect.mode != "continuous":
+            collector = collector._replace(actors=fresh(jax.random.key(index)))
+        key = jax.random.fold_in(jax.random.key(2), index)
+        collector, rollout, _ = collect.explore(key, state.params, networks, collector, task, length, config.hyper)
+        if config.collect.mode == "rollout":
+            rollout = collect.cut_rollout(rollout)
+        if stored is None:
+            slot = jax.tree.map(lambda leaf: leaf[0, 0], rollout)
+            stored = replay.init(slot, config.collect.num_envs, 4 * length)
+        stored = replay.add(stored, rollout)
+    return stored, state
+
+
+def _sample(stored, batch_size, length, stride=1):
+    return jax.jit(replay.sample, static_argnums=(2, 3, 4))(jax.random.key(3), stored, batch_size, length, stride)
+
+
+def _targets(config, networks, state, batch):
+    """The real learner's target of every slot, NaN where it is not trained on."""
+    params = _known_values(state)
+    values = _team_values(params, networks, batch)
+    swept = config.hyper["learner"]
+    reward = batch.slots.reward[..., None]
+    targets = learner.td_lambda_returns(reward, values.target, batch.slots.continuation, swept["gamma"], swept["td_lambda"])
+    return np.where(np.asarray(batch.slots.continuation) == CUT, np.nan, np.asarray(targets[..., 0]))
+
+
+def _team_values(params, networks, batch, **masks):
+    def values(params, batch):
+        observation = learner.observe(networks, batch.slots.record, batch.slots.task)._replace(**masks)
+        return learner.team_values(params, params, networks, batch, observation)
+
+    return jax.jit(values)(params, batch)
+
+
+def _expected(terminates, td_lambda, following):
+    """Targets of the three steps by hand, when only the next `following` steps of the episode are in the sequence."""
+    gamma, rewards = 0.9, [1.0, 2.0, 3.0]
+    targets = {}
+    for step in range(3):
+        last = min(step + following - 1, 2)
+        value = 0.0 if terminates and last == 2 else VALUES[last + 1]
+        result = rewards[last] + gamma * value
+        for earlier in range(last - 1, step - 1, -1):
+            result = rewards[earlier] + gamma * ((1 - td_lambda) * VALUES[earlier + 1] + td_lambda * result)
+        targets[step] = result
+    return targets
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("terminates", [True, False])
+def test_targets_through_collector_replay_and_learner(terminates, td_lambda):
+    """Terminal, truncated and cut transitions, in sequences that mix episodes at every offset, with auto-reset in between."""
+    config, networks = _probe("continuous", td_lambda)
+    stored, state = _collected(config, networks, 0 if terminates else 1, 5, 3)
+    batch = _sample(stored, 64, 7)
+    targets = jax.tree.map(np.asarray, _targets(config, networks, state, batch))
+    step, kinds = np.asarray(batch.slots.record), np.asarray(batch.slots.continuation)
+    assert set(step[0]) == {0, 1, 2, 3}
+    for time in range(7):
+        for column in range(64):
+            if step[time, column] == 3 or (time == 6 and kinds[time, column] != TERMINATED):
+                assert np.isnan(targets[time, column])
+                continue
+            ends_on_last_slot = terminates and time + 2 - step[time, column] == 6
+            following = 7 - time if ends_on_last_slot else 6 - time
+            expected = _expected(terminates, td_lambda, following)[step[time, column]]
+            np.testing.assert_allclose(targets[time, column], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["episode", "rollout"])
+@pytest.mark.parametrize("terminates", [True, False])
+def test_targets_of_whole_rollouts(mode, terminates):
+    """Idle slots after an episode, and the cut end of a rollout, are never trained on."""
+    length = 4 if mode == "episode" else 6
+    config, networks = _probe(mode, 0.6)
+    stored, state = _collected(config, networks, 0 if terminates else 1, length, 3)
+    batch = _sample(stored, 16, length, length)
+    targets, step = _targets(config, networks, state, batch), np.asarray(batch.slots.record)
+    np.testing.assert_array_equal(step[:, 0], [0, 1, 2, 3] if mode == "episode" else [0, 1, 2, 3, 0, 1])
+    whole = _expected(terminates, 0.6, following=3)
+    np.testing.assert_allclose(targets[:3], np.tile([[whole[time]] for time in range(3)], (1, 16)), rtol=1e-5)
+    assert np.isnan(targets[3]).all()
+    if mode == "rollout":
+        np.testing.assert_allclose(targets[4], _expected(terminates, 0.6, following=1)[0], rtol=1e-5)
+        assert np.isnan(targets[5]).all()
+
+
+def test_an_episode_shorter_than_the_rollout_idles():
+    """In the mode `episode` nothing happens after the end: no reward, no reset, no valid transition."""
+    config, networks = _probe("episode", 0.0)
+    stored, _ = _collected(config, networks, 0, 6, 1)
+    np.testing.assert_array_equal(stored.slots.record[0, :6], [0, 1, 2, 3, 3, 3])
+    np.testing.assert_array_equal(stored.slots.continuation[0, :6], [CONTINUE, CONTINUE, TERMINATED, CUT, CUT, CUT])
+    np.testing.assert_array_equal(stored.slots.reward[0, :6], [1, 2, 3, 0, 0, 0])
+
+
+def test_masked_slots_have_no_part_in_the_loss():
+    """Whatever stands in a cut slot's reward, neither loss nor gradient sees it; burn-in neither."""
+    config, networks = _probe("continuous", 0.0)
+    stored, state = _collected(config, networks, 0, 5, 3)
+    batch = _sample(stored, 16, 7)
+    spoiled = jnp.where(batch.slots.continuation == CUT, 1e6, batch.slots.reward)
+    loss = jax.jit(
+        lambda batch: jax.value_and_grad(learner.loss_fn, has_aux=True)(state.params, state.params, networks, batch, config.hyper)
+    )
+    (clean, metrics), grads = loss(batch)
+    (same, _), same_grads = loss(batch._replace(slots=batch.slots._replace(reward=spoiled)))
+    assert clean == same
+    jax.tree.map(np.testing.assert_array_equal, grads, same_grads)
+    assert 0 < metrics["valid_share"] < 1
+    warm = batch._replace(burn_in=jnp.ones_like(batch.burn_in))
+    assert loss(warm)[0][0] == 0
+
+
+def test_independent_learners_are_trained_apart():
+    """Without a mixer each agent has its own error, and the mean is over agents too."""
+    config, networks = _probe("continuous", 0.0)
+    config = Config.from_dict({"learner": {"mixer": "none"}}, config)
+    networks = learner.make_networks(config, networks.env, networks.tasks)
+    stored, state = _collected(config, networks, 0, 5, 3)
+    batch = _sample(stored, 16, 7)
+    assert _team_values(state.params, networks, batch).online.shape == (7, 16, 2)
+    loss, metrics = jax.jit(lambda params: learner.loss_fn(params, params, networks, batch, config.hyper))(state.params)
+    np.testing.assert_allclose(loss, metrics["td_error"] ** 2, rtol=1e-5)
+
+
+def test_rmsprop_is_the_one_of_torch():
+    """`p -= lr g / (sqrt(v) + eps)`: epsilon outside the root, no bias correction, after clipping the global norm."""
+    config = Config.from_dict({"optimizer": {"learning_rate": 0.1, "eps": 0.5, "max_grad_norm": 5.0}})
+    optimizer = learner.make_optimizer(config, config.hyper)
+    params = jnp.array([1.0, 1.0])
+    grads = jnp.array([6.0, 8.0])
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    clipped = np.array([3.0, 4.0])
+    np.testing.assert_allclose(optax.apply_updates(params, updates), 1 - 0.1 * clipped / (np.sqrt(0.01 * clipped**2) + 0.5), rtol=1e-6)
+
+
+def test_exploration_takes_available_actions_only():
+    """The mixture is uniform over what is available with probability epsilon, and greedy among it otherwise."""
+    values = jnp.tile(jnp.array([[5.0, 1.0, 2.0, 9.0]]), (40_000, 1))
+    mask = jnp.tile(jnp.array([[True, True, True, False]]), (40_000, 1))
+    actions = np.asarray(collect.epsilon_greedy(jax.random.key(0), values, mask, jnp.float32(0.3)))
+    shares = np.bincount(actions, minlength=4) / len(actions)
+    np.testing.assert_allclose(shares, [0.8, 0.1, 0.1, 0.0], atol=0.01)
+    assert shares[3] == 0
+    greedy = collect.epsilon_greedy(jax.random.key(0), values, mask, jnp.float32(0.0))
+    assert (greedy == 0).all()
+    assert UNAVAILABLE < -1e6
+
+
+def test_epsilon_is_linear_in_environment_steps():
+    """From start to finish, then flat."""
+    config = Config.from_dict({"exploration": {"epsilon_start": 1.0, "epsilon_finish": 0.2, "anneal_env_steps": 100.0}})
+    steps = jnp.array([0.0, 50.0, 100.0, 1e6])
+    np.testing.assert_allclose(jax.vmap(lambda s: collect.epsilon_at(s, config.hyper))(steps), [1.0, 0.6, 0.2, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hard", "polyak"])
+def test_target_updates(kind):
+    """Hard copies at multiples of the interval, Polyak steps always."""
+    config, networks = _probe("continuous", 0.0)
+    config = Config.from_dict({"learner": {"target_update": kind, "target_interval_updates": 10, "polyak_tau": 0.25}}, config)
+    networks = networks._replace(config=config)
+    state = learner.init(jax.random.key(0), networks, config.hyper)
+    state = state._replace(target_params=jax.tree.map(jnp.zeros_like, state.params))
+    for updates, share in ((9, 0.0), (10, 1.0)) if kind == "hard" else ((9, 0.25), (10, 0.25)):
+        target = learner.update_target(state, networks, jnp.int32(updates), config.hyper).target_params
+        jax.tree.map(lambda t, p, share=share: np.testing.assert_allclose(t, share * p, rtol=1e-6), target, state.params)
+
+
+def test_agents_that_do_not_exist_add_nothing():
+    """A masked agent changes neither the team value nor any gradient."""
+    config, networks = _probe("continuous", 0.0)
+    stored, state = _collected(config, networks, 0, 5, 3)
+    batch = _sample(stored, 4, 3)
+    params = _known_values(state)
+    both = _team_values(params, networks, batch).online
+    one = _team_values(params, networks, batch, agent_mask=jnp.ones((3, 4, 2), bool).at[..., 1].set(False)).online
+    np.testing.assert_allclose(both, 2 * one, rtol=1e-6)
