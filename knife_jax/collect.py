@@ -52,8 +52,8 @@ def explore(
     """Collects a rollout of `length` slots with epsilon-greedy actions.
 
     Returns:
-        The collector, the rollout `[T, E, ...]` (its last slots go on into the next rollout) and metrics: `return`, `won`, `length` (means
-        over the episodes that ended, NaN if none did), `episodes`, `env_steps` and `epsilon`.
+        The collector, the rollout `[T, E, ...]` (its last slots go on into the next rollout) and metrics: `return`, `won` and `length`,
+        summed over the episodes that ended; `episodes`, how many did; `env_steps`, the true steps taken; and `epsilon`, the mean one.
     """
     env = acting_environment(networks.env, networks.config.collect.mode)
     task_params = networks.tasks.at(task)
@@ -66,8 +66,9 @@ def explore(
         collector = CollectorState(actors, collector.explored_env_steps + steps)
         return collector, (slot, {**_ended(outcome), "env_steps": steps, "epsilon": epsilon})
 
-    collector, (rollout, sums) = jax.lax.scan(one_slot, collector, jax.random.split(key, length))
-    return collector, rollout, _summarise(sums)
+    collector, (rollout, slot_sums) = jax.lax.scan(one_slot, collector, jax.random.split(key, length))
+    metrics = {name: values.sum() for name, values in slot_sums.items()}
+    return collector, rollout, {**metrics, "epsilon": slot_sums["epsilon"].mean()}
 
 
 def cut_rollout(rollout: Slot) -> Slot:
@@ -171,8 +172,3 @@ def _ended(outcome: Outcome) -> Metrics:
         "length": (ended * info["episode_length"]).sum(),
         "episodes": ended.sum(),
     }
-
-
-def _summarise(sums: Metrics) -> Metrics:
-    """Turns sums per slot into those of a rollout; means over episodes are made where several rollouts are joined."""
-    return {name: values.mean() if name == "epsilon" else values.sum() for name, values in sums.items()}

@@ -51,6 +51,9 @@ def make_game(config: Config) -> tuple[Environment, Tasks]:
         ValueError: for an unknown game, scenario or option, with the field's path.
     """
     settings = config.env
+    for reserved in ("name", "scenario", "tasks"):
+        if reserved in settings.options:
+            raise ValueError(f"env.options: {reserved!r} is a field of env itself, give it as env.{reserved}")
     try:
         return registry.make(settings.name, settings.scenario, settings.tasks, **settings.options)
     except ValueError as error:

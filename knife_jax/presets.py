@@ -34,10 +34,10 @@ _PYMARL2: dict[str, Any] = {
 _MATRIX_DRIFT: dict[str, Any] = {
     "env": {"name": "matrix", "scenario": "permuted"},
     "agent": {"recurrent": False, "last_action": False},
-    "collect": {"num_envs": 32, "rollout_length": 1},
+    "collect": {"num_envs": 8, "rollout_length": 1},
     "replay": {"capacity_env_steps": 16_384, "batch_size": 32, "sequence_length": 1},
-    "train": {"env_steps_per_task": 64_000, "updates_per_round": 1},
-    "exploration": {"anneal_env_steps": 32_000, "epsilon_finish": 0.05},
+    "train": {"env_steps_per_task": 16_000, "updates_per_round": 1},
+    "exploration": {"anneal_env_steps": 8_000, "epsilon_finish": 0.05},
     "evaluation": {"episodes": 1, "per_task": 20},
 }
 """The main job: five permutations of the paper's payoff and the first again, 2,000 updates each."""

@@ -26,6 +26,7 @@ REFUSED = {
     "unknown scenario": ({"env": {"scenario": "qtrn"}}, r"env\.scenario: .*'qtrn'; did you mean 'qtran'\?"),
     "unknown map": ({"env": {"name": "smax", "scenario": "3mm"}}, r"env\.scenario: .*'3mm'; did you mean '3m'\?"),
     "unknown option": ({"env": {"scenario": "qtran", "options": {"payof": [[1]]}}}, r"env\.options: .*payof"),
+    "a field among the options": ({"env": {"options": {"scenario": "qtran"}}}, r"env\.options: 'scenario' is a field of env itself"),
     "payoff of one dimension": ({"env": {"scenario": "qtran", "options": {"payoff": [1, 2]}}}, r"env\.options: .*2-D.*\(2,\)"),
     "payoff of three": ({"env": {"scenario": "qtran", "options": {"payoff": [[[1.0]]]}}}, r"env\.options: .*2-D.*\(1, 1, 1\)"),
     "payoff without end": ({"env": {"scenario": "qtran", "options": {"payoff": [[1, float("inf")]]}}}, r"env\.options: .*finite"),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import hypothesis
 import jax
@@ -70,7 +71,7 @@ def qplex_params(depth, kernels=2):
 def test_qmix_reproduces_the_reference(float64):
     """Values and parameter count."""
     params = jax.tree.map(jnp.asarray, qmix_params(2))
-    q_tot = QMIX().apply({"params": params}, mixer_inputs())
+    q_tot = jnp.asarray(QMIX().apply({"params": params}, mixer_inputs()))
     np.testing.assert_allclose(q_tot[:, 0], [0.41403356346939674, -0.03283264943251869], atol=1e-6)
     assert count(params) == 9505
 
@@ -102,10 +103,11 @@ def test_qplex_reproduces_the_reference(float64, is_minus_one, weighted_head):
     q_tot, sown = QPLEX(config).apply({"params": params}, mixer_inputs(), mutable=["intermediates"])
     value, advantage = QPLEX_BRANCHES[is_minus_one, weighted_head]
     np.testing.assert_allclose(q_tot[:, 0], np.add(value, advantage), atol=1e-6)
-    np.testing.assert_allclose(sown["intermediates"]["lambda"][0], QPLEX_LAMBDA, atol=1e-6)
+    intermediates = {name: jnp.asarray(values[0]) for name, values in sown["intermediates"].items()}
+    np.testing.assert_allclose(intermediates["lambda"], QPLEX_LAMBDA, atol=1e-6)
     if weighted_head:
-        np.testing.assert_allclose(sown["intermediates"]["w"][0], QPLEX_W, atol=1e-6)
-        np.testing.assert_allclose(sown["intermediates"]["v"][0], QPLEX_V, atol=1e-6)
+        np.testing.assert_allclose(intermediates["w"], QPLEX_W, atol=1e-6)
+        np.testing.assert_allclose(intermediates["v"], QPLEX_V, atol=1e-6)
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(1, 1314), (2, 5908), (3, 30_868)])
@@ -177,7 +179,7 @@ def _qmix_slopes(config):
         inputs = _mixing(q, jnp.zeros((ROWS, AGENTS), int), state)
 
         def total(chosen):
-            return QMIX(config).apply(params, inputs._replace(chosen_q=chosen))[:, 0]
+            return jnp.asarray(QMIX(config).apply(params, inputs._replace(chosen_q=chosen)))[:, 0]
 
         return jax.grad(lambda q: total(q).sum())(inputs.chosen_q), total(inputs.chosen_q + 1) - total(inputs.chosen_q)
 
@@ -190,7 +192,7 @@ def _qplex_joint_values(config):
 
     def values(params, state, q):
         def value(actions):
-            return QPLEX(config).apply(params, _mixing(q, actions, state))[:, 0]
+            return jnp.asarray(QPLEX(config).apply(params, _mixing(q, actions, state)))[:, 0]
 
         every = jax.vmap(lambda joint: value(jnp.broadcast_to(joint, (ROWS, AGENTS))))(jnp.asarray(JOINTS)).T
         return every, value(q.argmax(-1))
@@ -214,7 +216,7 @@ def _qplex_gradients(config):
     return jax.jit(gradients)
 
 
-SMALL = {"num_kernels": 3, "adv_size": 8, "hypernet_size": 8}
+SMALL: dict[str, Any] = {"num_kernels": 3, "adv_size": 8, "hypernet_size": 8}
 seeds = st.integers(0, 2**31 - 1)
 several = hypothesis.settings(max_examples=50, deadline=None)
 
@@ -255,8 +257,8 @@ def test_qplex_gradient_identities(seed):
 def test_vdn_sums_and_independent_learners_do_not():
     """The two mixers without parameters."""
     inputs = mixer_inputs()
-    np.testing.assert_allclose(VDN().apply({}, inputs)[:, 0], reference.CHOSEN_Q.sum(-1), rtol=1e-6)
-    np.testing.assert_allclose(Independent().apply({}, inputs), reference.CHOSEN_Q, rtol=1e-6)
+    np.testing.assert_allclose(jnp.asarray(VDN().apply({}, inputs))[:, 0], reference.CHOSEN_Q.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(jnp.asarray(Independent().apply({}, inputs)), reference.CHOSEN_Q, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("torch_uniform", 0.25), ("orthogonal", None), ("flax", None)])

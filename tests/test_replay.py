@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.typing import ArrayLike
 
 from knife_jax import replay
 from knife_jax.replay import Continuation, Slot
@@ -13,7 +14,7 @@ from knife_jax.replay import Continuation, Slot
 CONTINUE, TERMINATED, TRUNCATED, CUT = (int(kind) for kind in Continuation)
 
 
-def _rollout(first, length, envs, continuation=CONTINUE):
+def _rollout(first, length, envs, continuation: ArrayLike = CONTINUE):
     """Slots numbered by time and environment, so that each can be recognised."""
     number = (first + jnp.arange(length))[:, None] + 1000 * jnp.arange(envs)[None, :]
     kinds = jnp.broadcast_to(jnp.asarray(continuation, jnp.int8), (length,))[:, None] * jnp.ones((1, envs), jnp.int8)
@@ -25,7 +26,7 @@ def _empty(envs, capacity):
     return replay.init(example, envs, capacity)
 
 
-def _filled(rollouts, length, envs, capacity, continuation=CONTINUE):
+def _filled(rollouts, length, envs, capacity, continuation: ArrayLike = CONTINUE):
     state = _empty(envs, capacity)
     for index in range(rollouts):
         state = replay.add(state, _rollout(index * length, length, envs, continuation))
