@@ -3,7 +3,7 @@
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,7 @@ import numpy as np
 
 from knife_jax.config import Config, resolve
 from knife_jax.plan import Plan, make_game, make_plan
-from knife_jax.train import make_train
-
-Progress = Callable[[dict[str, np.ndarray]], None]
+from knife_jax.train import Callback, make_train
 
 
 class RunResult(NamedTuple):
@@ -43,7 +41,7 @@ def seed_keys(seeds: int, first_seed: int = 0) -> jax.Array:
     return jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
 
 
-def run(config: Config | Mapping[str, Any] | str, *, seeds: int = 1, first_seed: int = 0, progress: Progress | None = None) -> RunResult:
+def run(config: Config | Mapping[str, Any] | str, *, seeds: int = 1, first_seed: int = 0, progress: Callback | None = None) -> RunResult:
     """Trains all seeds in one compiled program.
 
     Args:

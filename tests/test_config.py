@@ -120,7 +120,7 @@ def test_a_preset_in_a_dict_is_a_base():
     config = resolve({"preset": "pymarl_qmix", "learner": {"mixer": "vdn"}})
     assert config.learner.mixer == "vdn"
     assert config.collect.mode == "episode"
-    with pytest.raises(TypeError, match="a nested dict"):
+    with pytest.raises(TypeError):
         resolve(3)  # pyright: ignore[reportArgumentType]
 
 

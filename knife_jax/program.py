@@ -1,0 +1,185 @@
+"""The pieces of a run: what happens at a task's start, in a round of training, and at an evaluation.
+
+Shapes: K distinct tasks.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from envs.wrappers import AutoReset
+from knife_jax import collect, learner, replay
+from knife_jax.config import Config
+from knife_jax.learner import Hyper, LearnerState, Metrics, Networks
+from knife_jax.plan import Plan, make_game, make_plan
+
+
+class Counters(NamedTuple):
+    """What schedules look at. Nothing here depends on the key, so that under `vmap` over seeds every `cond` stays a branch."""
+
+    rounds: Int[Array, ""]
+    updates: Int[Array, ""]
+
+
+class RunnerState(NamedTuple):
+    """Everything that a run carries from one round to the next; `train` returns it without the replay unless asked."""
+
+    learner: LearnerState
+    collector: collect.CollectorState
+    replay: replay.ReplayState
+    counters: Counters
+    key: PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class Program:
+    """The pieces of a run, each a pure function; `make_train` joins them into one.
+
+    Attributes:
+        config: the configuration.
+        networks: modules, environment and tasks.
+        plan: static sizes.
+    """
+
+    config: Config
+    networks: Networks
+    plan: Plan
+
+    def init(self, key: PRNGKeyArray, hyper: Hyper) -> RunnerState:
+        """The first state: parameters drawn, nothing stored, no task begun."""
+        key, key_learner, key_actors = jax.random.split(key, 3)
+        actors = self._fresh_actors(key_actors, jnp.int32(self.networks.tasks.order[0]))
+        slot = _blank_slot(self.networks, self._acting, actors)
+        return RunnerState(
+            learner.init(key_learner, self.networks, hyper),
+            collect.CollectorState(actors, jnp.zeros(())),
+            replay.init(slot, self.config.collect.num_envs, self.plan.ring_capacity),
+            Counters(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+            key,
+        )
+
+    def begin_task(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> RunnerState:
+        """The state at a task's first step: environments reset, and what `config.switch` says of replay, exploration and optimizer."""
+        switch = self.config.switch
+        key, key_actors = jax.random.split(state.key)
+        explored = jnp.zeros(()) if switch.exploration == "restart" else state.collector.explored_env_steps
+        collector = collect.CollectorState(self._fresh_actors(key_actors, task), explored)
+        stored = replay.clear(state.replay) if switch.replay == "clear" else replay.cut(state.replay)
+        learned = state.learner
+        if switch.optimizer == "reset":
+            learned = learned._replace(opt_state=learner.make_optimizer(self.config, hyper).init(learned.params))
+        return RunnerState(learned, collector, stored, state.counters, key)
+
+    def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Metrics]:
+        """`plan.rounds_per_evaluation` rounds of collecting and learning, and `train/` metrics over them."""
+        updates = state.counters.updates
+
+        def one_round(state: RunnerState, _: None) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+            return self._round(state, task, hyper)
+
+        state, (played, learned) = jax.lax.scan(one_round, state, length=self.plan.rounds_per_evaluation)
+        return state, _train_metrics(played, learned, state.counters.updates - updates)
+
+    def evaluate(self, state: RunnerState, task: Int[Array, ""]) -> tuple[RunnerState, Metrics]:
+        """`eval/` metrics of one task."""
+        key, key_play = jax.random.split(state.key)
+        return state._replace(key=key), self._play(key_play, state.learner.params, task)
+
+    def evaluate_all(self, state: RunnerState) -> tuple[RunnerState, Metrics]:
+        """`eval/` metrics of every distinct task, `[K]`."""
+        key, key_play = jax.random.split(state.key)
+        tasks = jnp.arange(len(self.networks.tasks.names))
+        return state._replace(key=key), jax.vmap(self._play, in_axes=(None, None, 0))(key_play, state.learner.params, tasks)
+
+    @property
+    def _acting(self) -> AutoReset:
+        return collect.acting_environment(self.networks.env, self.config.collect.mode)
+
+    def _fresh_actors(self, key: PRNGKeyArray, task: Array) -> collect.ActorState:
+        return collect.init_actors(key, self.networks, self._acting, self.config.collect.num_envs, self.networks.tasks.at(task))
+
+    def _play(self, key: PRNGKeyArray, params: Any, task: Array) -> Metrics:
+        metrics = collect.evaluate(key, params, self.networks, task, self.config.evaluation.episodes)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def _round(self, state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+        """Collects and stores one rollout, then learns; metrics are sums over the round."""
+        key, key_reset, key_explore, key_learn = jax.random.split(state.key, 4)
+        collector, mode = state.collector, self.config.collect.mode
+        if mode != "continuous":
+            collector = collector._replace(actors=self._fresh_actors(key_reset, task))
+        params, length = state.learner.params, self.plan.rollout_length
+        collector, rollout, played = collect.explore(key_explore, params, self.networks, collector, task, length, hyper)
+        if mode == "rollout":
+            rollout = collect.cut_rollout(rollout)
+        stored = replay.add(state.replay, rollout)
+        learned, updates, summed = self._learn(key_learn, state, stored, hyper)
+        counters = Counters(state.counters.rounds + 1, updates)
+        return RunnerState(learned, collector, stored, counters, key), (played, summed)
+
+    def _learn(
+        self, key: PRNGKeyArray, state: RunnerState, stored: replay.ReplayState, hyper: Hyper
+    ) -> tuple[LearnerState, Array, Metrics]:
+        """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
+        settings, plan = self.config, self.plan
+
+        def one_update(carry: tuple[LearnerState, Array], key: PRNGKeyArray) -> tuple[tuple[LearnerState, Array], Metrics]:
+            learned, updates = carry
+            batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
+            batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)
+            learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)
+            return (learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1), metrics
+
+        def learn() -> tuple[LearnerState, Array, Metrics]:
+            keys = jax.random.split(key, settings.train.updates_per_round)
+            (learned, updates), metrics = jax.lax.scan(one_update, (state.learner, state.counters.updates), keys)
+            return learned, updates, jax.tree.map(lambda values: values.sum(axis=0), metrics)
+
+        def skip() -> tuple[LearnerState, Array, Metrics]:
+            return state.learner, state.counters.updates, _blank(jax.eval_shape(learn)[2])
+
+        ready = stored.size * settings.collect.num_envs >= plan.slots_before_learning
+        return jax.lax.cond(ready, learn, skip)
+
+
+def make_program(config: Config) -> Program:
+    """Builds the pieces of a run.
+
+    Raises:
+        ValueError: for a configuration that cannot be run, with the field's path.
+    """
+    env, tasks = make_game(config)
+    plan = make_plan(config, env)
+    return Program(config, learner.make_networks(config, env, tasks), plan)
+
+
+def _train_metrics(played: Metrics, learned: Metrics, updates: Array) -> Metrics:
+    """Means over several rounds, of sums per round `[rounds]`."""
+    metrics = {name: values.sum() / updates for name, values in learned.items()}
+    episodes = played["episodes"].sum()
+    metrics |= {name: played[name].sum() / episodes for name in ("return", "won", "length")}
+    metrics |= {"episodes": episodes, "env_steps": played["env_steps"].sum(), "epsilon": played["epsilon"][-1]}
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def _blank(shapes: Any) -> Any:
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+def _blank_slot(networks: Networks, acting: AutoReset, actors: collect.ActorState) -> replay.Slot:
+    """One slot of zeros."""
+    env = networks.env
+
+    def record(states: Any) -> Any:
+        return acting.record(jax.tree.map(lambda leaf: leaf[0], states))
+
+    return replay.Slot(
+        _blank(jax.eval_shape(record, actors.env)),
+        jnp.zeros(env.num_agents, collect.action_dtype(env.num_actions)),
+        jnp.zeros(()),
+        jnp.zeros((), jnp.int8),
+        jnp.zeros((), jnp.int16),
+    )
