@@ -44,6 +44,8 @@ def _build_matrix(scenario: str, payoff: Any = None) -> tuple[Environment, EnvPa
         return matrix_game.two_step_game()
     if scenario == "mmdp":
         return matrix_game.mmdp()
+    if scenario == "custom":
+        raise ValueError("scenario 'custom' needs the option 'payoff', a 2-D array of numbers with rows for agent 0")
     return matrix_game.matrix_game(matrix_game.PAYOFFS[scenario])
 
 
@@ -68,7 +70,7 @@ GAMES: dict[str, Entry] = {
     "matrix": Entry(
         "one-step payoffs, the two-step game and the MMDP, two agents",
         _build_matrix,
-        scenarios=(*matrix_game.PAYOFFS, "two_step", "mmdp"),
+        scenarios=(*matrix_game.PAYOFFS, "two_step", "mmdp", "custom"),
         default="qtran",
         drifts={"permuted": _permuted},
     ),

@@ -43,14 +43,13 @@ _MATRIX_DRIFT: dict[str, Any] = {
 """The main job: five permutations of the paper's payoff and the first again, 2,000 updates each."""
 
 _MATRIX_CALIBRATION: dict[str, Any] = {
-    "agent": {"recurrent": False, "last_action": False},
     "collect": {"num_envs": 1, "rollout_length": 1},
     "replay": {"capacity_env_steps": 5_000, "batch_size": 32, "sequence_length": 1},
     "train": {"env_steps_per_task": 20_000, "updates_per_round": 1},
     "exploration": {"epsilon_start": 1.0, "epsilon_finish": 1.0},
     "evaluation": {"episodes": 1, "per_task": 10},
 }
-"""How the QPLEX paper runs matrix games: uniform data, one gradient step per episode, a buffer of 5,000."""
+"""How the QPLEX paper runs matrix games: recurrent agents, uniform data, one gradient step per episode, a buffer of 5,000."""
 
 _SMAX_QMIX: dict[str, Any] = {
     "env": {"name": "smax", "scenario": "3m"},

@@ -12,6 +12,7 @@ from envs.registry import GAMES, make
 
 SCENARIOS = [(name, scenario) for name, entry in GAMES.items() for scenario in (*entry.scenarios, *entry.drifts)]
 COMPACT = ("matrix", "predator_prey")
+OPTIONS = {("matrix", "custom"): {"payoff": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}}
 
 # Tracing a SMAX step takes a second; two scenarios stand for the rest, whose sizes test_jaxmarl_adapter.py checks.
 TRACED = [
@@ -32,7 +33,7 @@ def _bytes(tree):
 @pytest.mark.parametrize(("name", "scenario"), TRACED)
 def test_every_game_keeps_the_promises_of_the_interface(name, scenario):
     """Shapes and types of resets, steps, records and observations, without running any."""
-    env, tasks = make(name, scenario)
+    env, tasks = make(name, scenario, **OPTIONS.get((name, scenario), {}))
     key, params = jax.random.key(0), tasks.at(0)
     state = jax.eval_shape(env.reset, key, params)
     actions = jax.ShapeDtypeStruct((env.num_agents,), jnp.int32)
@@ -54,11 +55,11 @@ def test_every_game_keeps_the_promises_of_the_interface(name, scenario):
 @pytest.mark.parametrize(("name", "scenario"), [pair for pair in SCENARIOS if pair[0] in COMPACT])
 def test_tasks_are_stacked_parameters_of_one_environment(name, scenario):
     """Every leaf has one entry per distinct task, and one task has the shapes of the environment's default."""
-    env, tasks = make(name, scenario)
+    env, tasks = make(name, scenario, **OPTIONS.get((name, scenario), {}))
     assert _facts(tasks.at(0)) == _facts(env.default_params)
     assert all(leaf.shape[0] == len(tasks.names) for leaf in jax.tree.leaves(tasks.params))
     assert set(tasks.order) == set(range(len(tasks.names)))
-    assert hash(env) == hash(make(name, scenario).env)
+    assert hash(env) == hash(make(name, scenario, **OPTIONS.get((name, scenario), {})).env)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def test_tasks_are_stacked_parameters_of_one_environment(name, scenario):
         (("matrix", "qtram"), {}, "unknown scenario of 'matrix' 'qtram'; did you mean 'qtran'"),
         (("matrix/perm",), {}, "unknown scenario of 'matrix' 'perm'; did you mean 'permuted'"),
         (("smax", "2s3x"), {}, "unknown scenario of 'smax' '2s3x'; did you mean '2s3z'"),
+        (("matrix", "custom"), {}, "needs the option 'payoff'"),
         (("matrix",), {"payof": [[1]]}, "unknown option 'payof'; did you mean 'payoff'"),
         (("matrix", "permuted"), {"task_sed": 1}, "unknown option 'task_sed'; did you mean 'task_seed'"),
         (("predator_prey",), {"heigth": 5}, "unknown override 'heigth'; did you mean 'height'"),
