@@ -252,6 +252,8 @@ def from_jaxmarl(
         global_state = choices[0]
     if global_state not in choices:
         raise ValueError(f"global_state of {game} must be one of {', '.join(choices)}, got {global_state!r}")
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+        raise ValueError(f"max_steps must be a positive number of steps, got {max_steps!r}")
     facts = {
         "env": env,
         "team_reward": _team_reward(env, team_reward),
@@ -303,6 +305,8 @@ def make_jaxmarl(
 def _built(name: str, **options: Any) -> Any:
     jaxmarl = import_jaxmarl()
     scenarios = jaxmarl.environments.smax.smax_env.MAP_NAME_TO_SCENARIO
+    if options.get("attack_mode", "closest") not in ("closest", "random"):
+        raise unknown_name("attack_mode", options["attack_mode"], ("closest", "random"))
     with in_jaxmarl():
         if name in scenarios:
             return jaxmarl.make("HeuristicEnemySMAX", scenario=scenarios[name], **{**_SMAX_DEFAULTS, **options})

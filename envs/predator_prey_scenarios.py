@@ -142,6 +142,8 @@ def _leaf(name: str, value: Any, default: np.ndarray) -> Any:
         raise ValueError(f"{name} must have the shape {shape}{' for [stag, hare]' if shape else ''}, not {leaf.shape}")
     if not np.can_cast(leaf.dtype, dtype, "same_kind"):
         raise ValueError(f"{name} must be of type {dtype}, not {leaf.dtype}")
+    if not np.isfinite(leaf).all():
+        raise ValueError(f"{name} must be finite, not {leaf.tolist()}")
     return leaf.astype(dtype)
 
 

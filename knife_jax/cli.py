@@ -18,8 +18,9 @@ from rich.table import Table
 from envs.registry import GAMES
 from knife_jax import results, runner
 from knife_jax.config import Config, LearnerConfig
-from knife_jax.plan import make_game
+from knife_jax.plan import Plan, make_game
 from knife_jax.presets import PRESETS, preset_config
+from knife_jax.train import Callback
 
 DEFAULT_PRESET = "matrix_drift"
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if wants_help else 2
     try:
         return commands[given[0]](given[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"knife-jax: {error}", file=sys.stderr)
         return 2
 
@@ -66,34 +67,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line, print the table, write the files."""
     parsed = parse_train(arguments)
-    config = parsed.fields
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    results.refuse_existing(out)
-    plan, text = runner.describe_plan(config, parsed.seeds)
-    env, tasks = make_game(config)
+    plan, text = runner.describe_plan(parsed.fields, parsed.seeds)
+    env, tasks = make_game(parsed.fields)
     console = _console()
     console.print(text)
-    total = len(tasks.order) * (plan.evaluations_per_task + 1)
-    with _progress_line(console) as line:
-        job = line.add_task("compiling", total=total, news="")
-
-        def on_evaluation(event: dict[str, np.ndarray]) -> None:
-            position = int(np.ravel(event["position"])[0])
-            measure = "won" if env.reports_wins else "return"
-            news = f"{measure} {np.mean(event[f'eval/{measure}']):.2f}, {int(np.ravel(event['updates'])[0]):,} updates"
-            line.update(job, advance=1, description=f"task {position + 1}/{len(tasks.order)}", news=news)
-
-        result = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=on_evaluation)
+    # The directory is opened first, so that one that cannot be written is found before hours of work, not after.
+    with results.new_directory(out) as unfinished:
+        with _progress_line(console) as line:
+            watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
+            result = runner.run(parsed.fields, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
+        results.write(result, unfinished, env.reports_wins)
     summary = results.summarise(result, env.reports_wins)
     console.print(results.as_table(summary))
     if summary.plasticity_loss:
         console.print(summary.plasticity_loss)
-    results.save(result, out, env.reports_wins)
-    seconds = result.provenance
-    console.print(
-        f"compiled in {seconds['compile_seconds']:.0f} s, ran in {seconds['run_seconds']:.0f} s; results in {out}", soft_wrap=True
-    )
+    compiling, running = result.provenance["compile_seconds"], result.provenance["run_seconds"]
+    console.print(f"compiled in {compiling:.0f} s, ran in {running:.0f} s; results in {out}", soft_wrap=True)
     return 0
+
+
+def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Callback:
+    """Moves the progress line at every evaluation."""
+    job = line.add_task("compiling", total=num_tasks * (plan.evaluations_per_task + 1), news="")
+
+    def on_evaluation(event: dict[str, np.ndarray]) -> None:
+        position, updates = int(np.ravel(event["position"])[0]), int(np.ravel(event["updates"])[0])
+        news = f"{measure} {np.mean(event[f'eval/{measure}']):.2f}, {updates:,} updates"
+        line.update(job, advance=1, description=f"task {position + 1}/{num_tasks}", news=news)
+
+    return on_evaluation
 
 
 def parse_train(arguments: Sequence[str]) -> TrainArguments:
@@ -109,6 +112,8 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
     base = preset_config(named.preset)
     if named.config is not None:
         base = Config.from_yaml(named.config, base)
+    if any(word.split("=")[0] == "--env.name" for word in arguments):
+        base = Config.from_dict({"env": {"name": base.env.name}}, base)  # another game leaves the preset's scenario behind
     default = TrainArguments(preset=named.preset, config=named.config, fields=base)
     parsed = tyro.cli(TrainArguments, args=list(arguments), default=default, prog="knife-jax train", use_underscores=True)
     if parsed.seeds < 1:

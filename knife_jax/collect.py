@@ -81,7 +81,7 @@ def evaluate(key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Ar
 
     Returns:
         `return`, `won`, `length`: means over exactly `episodes` complete episodes; and `optimum_share`, the return over the best possible
-        one (NaN where that is not known).
+        one (NaN where that is not known or not positive).
     """
     env = IdleAfterEnd(EpisodeStatistics(networks.env))
     task_params = networks.tasks.at(task)
@@ -94,7 +94,8 @@ def evaluate(key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Ar
 
     _, sums = jax.lax.scan(one_step, actors, jax.random.split(key_steps, env.max_steps))
     metrics = {name: sums[name].sum() / episodes for name in ("return", "won", "length")}
-    return {**metrics, "optimum_share": metrics["return"] / networks.env.optimal_return(task_params)}
+    optimum = networks.env.optimal_return(task_params)
+    return {**metrics, "optimum_share": jnp.where(optimum > 0, metrics["return"] / jnp.where(optimum > 0, optimum, 1.0), jnp.nan)}
 
 
 def epsilon_at(env_steps: Float[Array, ""], hyper: Hyper) -> Float[Array, ""]:

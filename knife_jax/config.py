@@ -1,7 +1,8 @@
 """Typed, frozen, validated configuration, from and to nested dicts and YAML.
 
-Every number that the literature leaves open is a field here. Units are in the name wherever they could be mistaken: `_env_steps` are steps
-of one environment added up over the parallel ones, `_updates` are gradient steps, `_episodes` are complete episodes.
+Every number that the literature leaves open is a field here. Units are in the name wherever they could be mistaken: `_env_steps` are slots,
+steps of one environment added up over the parallel ones, those spent on a reset or idle after an episode's end included (only exploration,
+which may depend on the seed, counts true steps alone); `_updates` are gradient steps, `_episodes` are complete episodes.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,14 @@ from envs.base import nearest, unknown_name
 _SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def parse_yaml(text: str) -> Any:
+    """Reads YAML; what is wrong with it is a ValueError like any other bad input."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
 class Sweepable:
     """Marks a field whose value is an argument of the compiled program, so that `vmap` can batch it."""
 
@@ -31,7 +40,7 @@ InitializerName = Literal["torch_uniform", "flax", "orthogonal"]
 _YAML = PrimitiveConstructorSpec(
     nargs=1,
     metavar="YAML",
-    instance_from_str=lambda words: yaml.safe_load(words[0]),
+    instance_from_str=lambda words: parse_yaml(words[0]),
     is_instance=lambda value: isinstance(value, dict | list | tuple),
     str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
 )
@@ -172,7 +181,7 @@ class ExplorationConfig:
     epsilon_finish: Share = 0.05
     """Epsilon after annealing."""
     anneal_env_steps: Swept = 50_000.0
-    """Environment steps over which epsilon falls linearly."""
+    """True environment steps (no resets, no idle slots) over which epsilon falls linearly."""
 
 
 @dataclass(frozen=True, config=_SETTINGS)
@@ -214,7 +223,7 @@ class TrainConfig:
     updates_per_round: Positive = 1
     """Gradient steps after each round of collection."""
     learning_starts_env_steps: NonNegative = 0
-    """Slots in the replay before the first gradient step; at least one sequence per batch entry is always awaited."""
+    """Slots in the replay before the first gradient step; one sequence per batch entry and per environment is always awaited."""
 
 
 @dataclass(frozen=True, config=_SETTINGS)
@@ -254,10 +263,10 @@ class Config:
         from knife_jax.presets import preset_config
 
         values = dict(values)
-        if "preset" in values:
-            base = preset_config(values.pop("preset"))
         if not all(isinstance(key, str) for key in values):
             raise ValueError(f"the fields of a configuration are names; got {list(values)!r}")
+        if "preset" in values:
+            base = preset_config(values.pop("preset"))
         merged = _merge((base or cls()).to_dict(), values, cls)
         sections, mistakes = {}, []
         for name, section in get_type_hints(cls).items():
@@ -272,7 +281,7 @@ class Config:
     @classmethod
     def from_yaml(cls, path: str | Path, base: "Config | None" = None) -> "Config":
         """Reads a YAML file over `base`; errors as in `from_dict`."""
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = parse_yaml(Path(path).read_text()) or {}
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must hold a mapping of configuration fields; got {type(content).__name__}")
         return cls.from_dict(content, base)
@@ -310,7 +319,7 @@ def resolve(config: "Config | Mapping[str, Any] | str") -> Config:
     raise TypeError(f"a configuration is a Config, a nested dict or a preset's name; got {type(config).__name__}")
 
 
-def merge_hyper(config: Config, overrides: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def merge_hyper(config: Config, overrides: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """`config.hyper` with some leaves replaced, for instance by traced or batched arrays.
 
     Raises:
@@ -319,6 +328,8 @@ def merge_hyper(config: Config, overrides: Mapping[str, Mapping[str, Any]] | Non
     hyper = {section: dict(values) for section, values in config.hyper.items()}
     known = [f"{section}.{name}" for section, values in hyper.items() for name in values]
     for section, values in (overrides or {}).items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{section}: expected a section with sweepable fields, got {values!r}")
         for name, value in values.items():
             if f"{section}.{name}" not in known:
                 raise unknown_name("sweepable field", f"{section}.{name}", known)
@@ -331,19 +342,24 @@ def _swept(section: Any) -> dict[str, float]:
     return {name: float(getattr(section, name)) for name, hint in hints.items() if Sweepable in getattr(hint, "__metadata__", ())}
 
 
-def _merge(base: dict[str, Any], values: Mapping[str, Any], cls: type, path: str = "") -> dict[str, Any]:
+def _merge(base: dict[str, Any], values: Mapping[Any, Any], cls: type, path: str = "") -> dict[str, Any]:
     """Lays `values` over `base`, section by section; refuses names that are no fields."""
     hints = get_type_hints(cls)
     for name, value in values.items():
         if name not in hints:
-            raise _unknown_field(path, name, list(hints))
+            raise _unknown_field(path, str(name), list(hints))
         if is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{path}{name}: expected a section with fields, got {value!r}")
-            base[name] = _merge(base[name], value, hints[name], f"{path}{name}.")
+            base[name] = _merge(_without_old_game(name, base[name], value), value, hints[name], f"{path}{name}.")
         else:
             base[name] = value
     return base
+
+
+def _without_old_game(section: str, base: dict[str, Any], values: Mapping[Any, Any]) -> dict[str, Any]:
+    """A newly named game leaves the scenario, options and tasks of the one below it behind."""
+    return asdict(EnvConfig()) if section == "env" and "name" in values else base  # pyright: ignore[reportArgumentType]
 
 
 def _unknown_field(path: str, name: str, siblings: list[str]) -> ValueError:
@@ -361,5 +377,15 @@ def _explain(error: ValidationError, section_name: str, section: type) -> list[s
         choices = [choice for choice in get_args(get_type_hints(section)[str(item["loc"][0])]) if isinstance(choice, str)]
         if choices and isinstance(item["input"], str):
             line += f"; did you mean {nearest(item['input'], choices)!r}?"
+        elif isinstance(item["input"], str) and _is_number(item["input"]):
+            line += "; a number in YAML is not quoted and has a point before its exponent, as in 5.0e-4"
         lines.append(line)
     return lines
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

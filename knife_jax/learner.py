@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
@@ -41,11 +41,11 @@ class Networks(NamedTuple):
 
 
 class TeamValues(NamedTuple):
-    """Agents' values turned into team values; see `team_values`."""
+    """Agents' values turned into team values, and where the action taken is the greedy one; see `team_values`."""
 
     online: Float[Array, "T B M"]
     target: Float[Array, "T B M"]
-    greedy_share: Float[Array, ""]
+    agrees: Bool[Array, "T B A"]
 
 
 def make_networks(config: Config, env: Environment, tasks: Tasks) -> Networks:
@@ -135,6 +135,7 @@ def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Se
     reward = jnp.broadcast_to(slots.reward[..., None] * swept["reward_scale"], values.online.shape)
     targets = td_lambda_returns(reward, values.target, slots.continuation, swept["gamma"], swept["td_lambda"])
     valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
+    acting = (valid & observation.agent_mask).astype(reward.dtype)
     if values.online.shape[-1] > 1:
         valid = valid & observation.agent_mask
     mask = jnp.broadcast_to(valid, values.online.shape).astype(values.online.dtype)
@@ -147,7 +148,7 @@ def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Se
         "td_error": jnp.sqrt(mean_square),
         "q_tot": (mask * values.online).sum() / count,
         "target": (mask * targets).sum() / count,
-        "greedy_share": values.greedy_share,
+        "greedy_share": (acting * values.agrees).sum() / jnp.maximum(acting.sum(), 1.0),
         "valid_share": mask.mean(),
     }
     return mean_square * scale, metrics
@@ -165,7 +166,7 @@ def team_values(params: Params, target_params: Params, networks: Networks, batch
     greedy = mask_unavailable(online, observation.action_mask).argmax(axis=-1)
     detached = jax.lax.stop_gradient(mask_unavailable(online, observation.action_mask))
     taken = _mix(params, networks, batch.slots.actions, online, detached.max(axis=-1), state, observation)
-    agreement = (batch.slots.actions == greedy).mean()
+    agreement = batch.slots.actions == greedy
     if batch.starts.shape[0] == 1:
         return TeamValues(taken, jnp.zeros_like(taken), agreement)
     target = _unroll(target_params, networks, inputs, batch)
@@ -222,7 +223,7 @@ def _mix(params: Params, networks: Networks, actions: Array, values: Array, best
     one_hot = jax.nn.one_hot(actions, values.shape[-1], dtype=values.dtype)
     exists = observation.agent_mask
     chosen = jnp.where(exists, (values * one_hot).sum(axis=-1), 0.0)
-    inputs = MixerInputs(chosen, jnp.where(exists, best, 0.0), jnp.where(exists[..., None], one_hot, 0.0), state)
+    inputs = MixerInputs(chosen, jnp.where(exists, best, 0.0), jnp.where(exists[..., None], one_hot, 0.0), state, exists)
     return jnp.asarray(networks.mixer.apply({"params": params["mixer"]}, inputs))
 
 

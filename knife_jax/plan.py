@@ -101,7 +101,12 @@ def make_plan(config: Config, env: Environment) -> Plan:
         raise ValueError(f"replay.burn_in: {replay.burn_in} leaves nothing to train on in sequences of {sequence_slots} slots")
     per_task = config.evaluation.per_task
     rounds = -(-config.train.env_steps_per_task // (round_env_steps * per_task))
-    needed = max(config.train.learning_starts_env_steps, replay.batch_size * sequence_slots)
+    needed = max(config.train.learning_starts_env_steps, max(replay.batch_size, collect.num_envs) * sequence_slots)
+    if config.switch.replay == "clear" and rounds * per_task * round_env_steps < needed:
+        raise ValueError(
+            f"train.env_steps_per_task: {config.train.env_steps_per_task} slots end before the first gradient step, for which the replay "
+            f"must hold {needed} (train.learning_starts_env_steps, and a sequence per batch entry and per environment)"
+        )
     return Plan(rollout_length, ring_capacity, sequence_slots, stride, needed, rounds, per_task, round_env_steps)
 
 

@@ -70,6 +70,7 @@ def init(example: Slot, num_envs: int, capacity: int) -> ReplayState:
         capacity: C, a multiple of the length of every rollout that will be written.
     """
     slots = jax.tree.map(lambda leaf: jnp.zeros((num_envs, capacity, *leaf.shape), leaf.dtype), example)
+    slots = slots._replace(continuation=jnp.full_like(slots.continuation, Continuation.CUT))
     return ReplayState(slots, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -133,7 +134,7 @@ def sample(key: PRNGKeyArray, state: ReplayState, batch_size: int, length: int, 
     slots: Slot = jax.tree.map(lambda ring: ring[env[None, :], positions], state.slots)
     slots = slots._replace(continuation=slots.continuation.at[-1].set(cut_ends(slots.continuation[-1])))
     starts = starts_after(state.slots.continuation[env[None, :], before])
-    oldest_is_start = jnp.full_like(starts[0], stride > 1)
+    oldest_is_start = (stride > 1) | (state.size < capacity)
     known_starts = starts.at[0].set(jnp.where(offset == 0, oldest_is_start, starts[0]))
     warming = (jnp.cumsum(known_starts, axis=0) == 0) & (jnp.arange(length)[:, None] < burn_in)
     starts = starts.at[0].set(starts[0] | (offset == 0))

@@ -18,6 +18,9 @@ from knife_jax import continual
 from knife_jax.runner import RunResult
 from knife_jax.statistics import Estimate, iqm_estimate, mean_estimate
 
+FEWEST_SEEDS = 5
+"""With fewer seeds no verdict is given; intervals from so few cover the truth too seldom."""
+
 
 class TaskSummary(NamedTuple):
     """One position of the task order, over seeds; success is None in games without a notion of winning."""
@@ -67,17 +70,19 @@ def summarise(result: RunResult, reports_wins: bool = True) -> Summary:
         returns = iqm_estimate(curves_of(result, "eval/return")[:, position, -1])
         share = iqm_estimate(curves_of(result, "eval/optimum_share")[:, position, -1])
         rows.append(TaskSummary(position, result.task_names[task], *success, returns, share))
-    return Summary(tuple(rows), _verdict(rows, result.task_order), len(won))
+    return Summary(tuple(rows), _verdict(rows, result.task_order, len(won)), len(won))
 
 
-def _verdict(rows: list[TaskSummary], order: tuple[int, ...]) -> str | None:
+def _verdict(rows: list[TaskSummary], order: tuple[int, ...], seeds: int) -> str | None:
     again = continual.returns_to(order)
     if again is None:
         return None
     first, last = rows[again[0]], rows[again[1]]
     before, after = (first.success, last.success) if first.success and last.success else (first.episode_return, last.episode_return)
     measure = "success" if first.success else "return"
-    if after.below(before):
+    if seeds < FEWEST_SEEDS:
+        judgement = f"undecided: fewer than {FEWEST_SEEDS} seeds"
+    elif after.below(before):
         judgement = "plasticity loss: the intervals are apart"
     elif before.below(after):
         judgement = "better on return: the intervals are apart"
@@ -120,7 +125,7 @@ def plot_learning_curve(result: RunResult, reports_wins: bool = True) -> Figure:
     if reports_wins:
         axes.set_ylim(-0.03, 1.03)
     axes.set_xlim(steps[0, 0], steps[-1, -1])
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel("environment steps (slots, resets included)")
     axes.set_ylabel(label)
     title = f"{result.config.learner.mixer}, {len(curves)} seeds: mean and 95 % interval"
     axes.set_title(title, pad=20, fontsize=10)
@@ -129,17 +134,23 @@ def plot_learning_curve(result: RunResult, reports_wins: bool = True) -> Figure:
 
 
 def save(result: RunResult, directory: str | Path, reports_wins: bool = True) -> Path:
-    """Writes `metrics.npz`, `config.yaml`, `summary.json` and `learning_curve.png` into a new directory, all or nothing.
+    """Writes the files of a run into a new directory, all or nothing; see `write` and `new_directory`.
 
     Raises:
         FileExistsError: if the directory exists.
     """
     with new_directory(directory) as unfinished:
-        np.savez_compressed(unfinished / "metrics.npz", **{name.replace("/", "."): values for name, values in result.metrics.items()})  # pyright: ignore[reportArgumentType]
-        (unfinished / "config.yaml").write_text(result.config.to_yaml())
-        (unfinished / "summary.json").write_text(json.dumps(_as_json(result, reports_wins), indent=2) + "\n")
-        plot_learning_curve(result, reports_wins).savefig(unfinished / "learning_curve.png", dpi=120)
+        write(result, unfinished, reports_wins)
     return Path(directory)
+
+
+def write(result: RunResult, directory: Path, reports_wins: bool = True) -> None:
+    """Writes `metrics.npz`, `config.yaml`, `summary.json` and `learning_curve.png` into a directory that exists."""
+    arrays = {name.replace("/", "."): values for name, values in result.metrics.items()}
+    np.savez_compressed(directory / "metrics.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    (directory / "config.yaml").write_text(result.config.to_yaml())
+    (directory / "summary.json").write_text(json.dumps(_as_json(result, reports_wins), indent=2) + "\n")
+    plot_learning_curve(result, reports_wins).savefig(directory / "learning_curve.png", dpi=120)
 
 
 @contextlib.contextmanager
@@ -150,7 +161,8 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         FileExistsError: if something of that name exists.
     """
     final = Path(directory)
-    refuse_existing(final)
+    if final.exists():
+        raise FileExistsError(f"{directory} exists already; results are never overwritten, choose another directory")
     final.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
@@ -160,12 +172,6 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def refuse_existing(directory: str | Path) -> None:
-    """Raises FileExistsError if there is already something where results shall go."""
-    if Path(directory).exists():
-        raise FileExistsError(f"{directory} exists already; results are never overwritten, choose another directory")
 
 
 def _as_json(result: RunResult, reports_wins: bool) -> dict[str, Any]:
@@ -185,8 +191,8 @@ def _as_json(result: RunResult, reports_wins: bool) -> dict[str, Any]:
     return content
 
 
-def _plain(estimate: Estimate | None) -> dict[str, float] | None:
+def _plain(estimate: Estimate | None) -> dict[str, float | None] | None:
     """An estimate for JSON, which knows no NaN."""
     if estimate is None or np.isnan(estimate.value):
         return None
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return {name: None if np.isnan(number) else number for name, number in estimate._asdict().items()}

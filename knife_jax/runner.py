@@ -110,9 +110,14 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     """The git commit of this source tree, marked if it has uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        is_ours = Path(git("rev-parse", "--show-toplevel")).resolve() == package.parent
+        return git("describe", "--always", "--dirty", "--abbrev=12") if is_ours else None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}" if np.isnan(self.low) else f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def below(self, other: "Estimate") -> bool:
         """Whether this one's whole interval lies below the other's."""
@@ -36,7 +36,8 @@ def iqm(values: Float[np.ndarray, "..."], axis: int = -1) -> np.ndarray:
 def iqm_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
     """The interquartile mean over seeds, with a percentile bootstrap interval.
 
-    NaNs (seeds with nothing to report) are left out. The bootstrap is seeded, so that equal data give equal intervals.
+    NaNs (seeds with nothing to report) are left out. One seed has no interval: its ends are NaN. The bootstrap is seeded, so that equal
+    data give equal intervals.
     """
     return _bootstrap(values, iqm)
 
@@ -58,7 +59,9 @@ def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
     if kept.size == 0:
         return Estimate(np.nan, np.nan, np.nan)
     point = float(statistic(kept))  # pyright: ignore[reportCallIssue]
-    if kept.size == 1 or np.ptp(kept) == 0:
+    if kept.size == 1:
+        return Estimate(point, np.nan, np.nan)
+    if np.ptp(kept) == 0:
         return Estimate(point, point, point)
     result = stats.bootstrap((kept,), statistic, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     return Estimate(point, float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -46,8 +46,8 @@ def make_train(
         ValueError: for a configuration that cannot be run, with the field's path.
 
     Examples:
-        >>> small = {"env": {"scenario": "qtran"}, "train": {"env_steps_per_task": 64}, "agent": {"recurrent": False}}
-        >>> train = make_train({**small, "evaluation": {"per_task": 2, "episodes": 1}})
+        >>> small = {"train": {"env_steps_per_task": 64}, "evaluation": {"per_task": 2, "episodes": 1}}
+        >>> train = make_train({"preset": "matrix_drift", "env": {"name": "matrix", "scenario": "qtran"}, **small})
         >>> jax.jit(train)(jax.random.key(0))["metrics"]["eval/return"].shape
         (3,)
     """

@@ -46,13 +46,13 @@ def test_qplex_finds_the_optimum_of_payoffs_that_are_not_monotone(payoff):
     """On every seed, with a table that is close everywhere."""
     returns, errors = _calibrate("qplex", payoff)
     np.testing.assert_allclose(returns, np.max(PAYOFFS[payoff]), rtol=1e-5)
-    assert errors.mean() < 1
+    assert errors.max() < 1
 
 
 def test_qmix_cannot_represent_qtran():
     """Its error stays large, though some seeds are lucky in their greedy action."""
     _, errors = _calibrate("qmix", "qtran")
-    assert errors.mean() > 3
+    assert errors.min() > 3
 
 
 @pytest.mark.parametrize(("mixer", "expected"), [("qmix", 8.0), ("vdn", 7.0)])

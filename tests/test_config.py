@@ -50,6 +50,15 @@ REFUSED = {
         {"env": {"scenario": "qtran"}, "train": {"learning_starts_env_steps": 10**7}},
         r"train\.learning_starts_env_steps: .*never fit",
     ),
+    "an end before the start": (
+        {"env": {"scenario": "qtran"}, "train": {"env_steps_per_task": 300}, "evaluation": {"per_task": 1}},
+        r"train\.env_steps_per_task: 300 slots end before the first gradient step",
+    ),
+    "a name that is none": ({"learner": {3: 1}}, r"learner\.3: no such field"),
+    "a preset that is none": ({"preset": ["a"]}, r"unknown preset"),
+    "quoted number": ({"optimizer": {"learning_rate": "5e-4"}}, r"learning_rate: .*5\.0e-4"),
+    "endless reward": ({"env": {"name": "predator_prey", "options": {"miscapture_punishment": float("inf")}}}, r"env\.options: .*finite"),
+    "no steps": ({"env": {"name": "smax", "options": {"max_steps": 0}}}, r"env\.options: max_steps"),
     "nothing but burn-in": (
         {"env": {"scenario": "two_step"}, "replay": {"burn_in": 16}},
         r"replay\.burn_in: 16 leaves nothing",
@@ -124,6 +133,15 @@ def test_a_preset_in_a_dict_is_a_base():
         resolve(3)  # pyright: ignore[reportArgumentType]
 
 
+def test_another_game_leaves_the_scenario_of_the_preset_behind(tmp_path):
+    """A preset's scenario, options and tasks belong to its own game."""
+    assert resolve({"preset": "matrix_drift", "env": {"name": "smax"}}).env.scenario is None
+    assert resolve({"preset": "matrix_drift", "env": {"options": {"num_tasks": 2}}}).env.scenario == "permuted"
+    (tmp_path / "bad.yaml").write_text("{a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        Config.from_yaml(tmp_path / "bad.yaml")
+
+
 def test_hyper_holds_the_swept_floats_and_merges():
     """Sections and fields are those of the configuration; others are refused."""
     config = Config()
@@ -132,5 +150,7 @@ def test_hyper_holds_the_swept_floats_and_merges():
     merged = merge_hyper(config, {"learner": {"gamma": 0.5}})
     assert merged["learner"]["gamma"] == 0.5
     assert config.hyper["learner"]["gamma"] == 0.99
+    with pytest.raises(ValueError, match="expected a section"):
+        merge_hyper(config, {"learner": 0.5})
     with pytest.raises(ValueError, match=r"learner\.gama.*did you mean 'learner\.gamma'"):
         merge_hyper(config, {"learner": {"gama": 0.5}})

@@ -1,5 +1,7 @@
 """Targets and losses: the table of TD(lambda) returns, and the same numbers through the real collector, replay and learner."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 from envs.base import stack_tasks
 from knife_jax import collect, learner, replay
 from knife_jax.config import Config
-from knife_jax.networks.agents import UNAVAILABLE
+from knife_jax.networks.agents import UNAVAILABLE, agent_inputs, initial_hidden
+from knife_jax.networks.mixers import MixerInputs
 from knife_jax.replay import Continuation
 from tests.probe import ProbeGame, ProbeParams
 
@@ -281,3 +284,91 @@ def test_agents_that_do_not_exist_add_nothing():
     both = _team_values(params, networks, batch).online
     one = _team_values(params, networks, batch, agent_mask=jnp.ones((3, 4, 2), bool).at[..., 1].set(False)).online
     np.testing.assert_allclose(both, 2 * one, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class _MaskedProbe(ProbeGame):
+    """The probe game where the second action is missing after an odd number of steps."""
+
+    def observe(self, record, params):
+        """As the probe game's, with the mask."""
+        seen = super().observe(record, params)
+        return seen._replace(action_mask=seen.action_mask.at[:, 1].set(record % 2 == 0))
+
+
+def _step_by_step(networks, params, batch, observation):
+    """Action values of every slot, one application per slot as the actor makes them, `[T][B, A, U]`."""
+    hidden = initial_hidden(networks.config.agent, (batch.starts.shape[1], networks.env.num_agents))
+    values = []
+    for time in range(batch.starts.shape[0]):
+        now = jax.tree.map(lambda leaf, time=time: leaf[time : time + 1], (observation, batch.last_actions, batch.starts))
+        inputs = agent_inputs(networks.config.agent, *now)
+        q, hidden = networks.agent.apply({"params": params["agent"]}, inputs, now[2], hidden)
+        values.append(np.asarray(q)[0])
+    return values
+
+
+def _reference_loss(config, networks, params, target_params, batch):
+    """The loss from its definition, slot by slot: double-Q, masks, mixing, TD(lambda), mean over valid slots."""
+    observation = learner.observe(networks, batch.slots.record, batch.slots.task)
+    swept = config.hyper["learner"]
+    online, target = (_step_by_step(networks, tree, batch, observation) for tree in (params, target_params))
+    mask, state = np.asarray(observation.action_mask), np.asarray(observation.state)
+    kinds, reward = np.asarray(batch.slots.continuation), np.asarray(batch.slots.reward)
+    length, size = kinds.shape
+
+    def team(tree, q, actions, time, row):
+        best = np.where(mask[time, row], q, -np.inf).max(-1)
+        chosen = np.take_along_axis(q, actions[:, None], -1)[:, 0]
+        inputs = MixerInputs(*map(jnp.asarray, (chosen, best, np.eye(networks.env.num_actions)[actions], state[time, row])))
+        return float(jnp.asarray(networks.mixer.apply({"params": tree["mixer"]}, inputs))[0])
+
+    errors, targets = [], []
+    for row in range(size):
+        following = []
+        for time in range(length):
+            selector = online if config.learner.double_q else target
+            greedy = np.where(mask[time, row], selector[time][row], -np.inf).argmax(-1)
+            following.append(team(target_params, target[time][row], greedy, time, row))
+        result = following[-1]
+        for time in reversed(range(length)):
+            if kinds[time, row] == CUT:
+                result = following[time]
+                continue
+            value = 0.0
+            if kinds[time, row] != TERMINATED:
+                value = (1 - swept["td_lambda"]) * following[time + 1] + swept["td_lambda"] * result
+            result = swept["reward_scale"] * reward[time, row] + swept["gamma"] * value
+            taken = np.asarray(batch.slots.actions[time, row], int)
+            targets.append(result)
+            errors.append(team(params, online[time][row], taken, time, row) - result)
+    return swept["loss_scale"] * np.mean(np.square(errors)), np.mean(targets)
+
+
+@pytest.mark.parametrize(("mixer", "double_q"), [("vdn", False), ("qmix", True), ("qplex", True), ("qplex", False)])
+def test_the_loss_is_its_definition(mixer, double_q):
+    """Distinct online and target networks, memory, missing actions, every kind of end: against a slot-by-slot computation."""
+    config = Config.from_dict(
+        {
+            "agent": {"hidden_size": 8},
+            "learner": {"mixer": mixer, "double_q": double_q, "gamma": 0.9, "td_lambda": 0.6, "reward_scale": 0.5, "loss_scale": 0.5},
+            "qplex": {"num_kernels": 2, "adv_size": 8, "hypernet_size": 8},
+            "qmix": {"embed_size": 8, "hypernet_size": 8},
+            "collect": {"num_envs": 3},
+        }
+    )
+    rewards = jnp.array([1.0, 2.0, 3.0])
+    tasks = stack_tasks([ProbeParams(jnp.array(True), rewards), ProbeParams(jnp.array(False), rewards)], ["ends", "stops"])
+    networks = learner.make_networks(config, _MaskedProbe(), tasks)
+    trees = []
+    for seed in (0, 1):
+        drawn = learner.init(jax.random.key(seed), networks, config.hyper).params
+        noise = np.random.default_rng(seed)
+        trees.append(jax.tree.map(lambda leaf, noise=noise: leaf + jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype), drawn))
+    for task in (0, 1):
+        stored, _ = _collected(config, networks, task, 5, 3)
+        batch = _sample(stored, 6, 7)
+        loss, metrics = jax.jit(lambda p, t, b: learner.loss_fn(p, t, networks, b, config.hyper))(*trees, batch)
+        expected_loss, expected_target = _reference_loss(config, networks, *trees, batch)
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["target"], expected_target, rtol=1e-4, atol=1e-5)

@@ -279,6 +279,29 @@ def test_initializers_follow_their_law(name, bound):
         np.testing.assert_allclose(kernel.std(), 16**-0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", ["flax", "orthogonal"])
+def test_gru_gates_are_drawn_one_by_one(name):
+    """Flax's defaults: every recurrent gate orthogonal, every input gate with the spread of its fan in."""
+    inputs = jnp.zeros((1, 2, 64))
+    params = GRU(16, Initializer(name, 0.1)).init(jax.random.key(0), inputs, jnp.zeros((1, 2), bool), jnp.zeros((2, 16)))["params"]
+    for gate in range(3):
+        recurrent = np.asarray(params["hidden_kernel"])[:, gate]
+        np.testing.assert_allclose(recurrent.T @ recurrent, np.eye(16), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(params["input_kernel"])[:, gate].std(), 64**-0.5, rtol=0.1)
+
+
+def test_qplex_leaves_out_agents_that_do_not_exist():
+    """Neither their transformed value nor their shift is part of the team value."""
+    params, state, q = _random_mixing(QPLEX(), 0)
+    inputs = _mixing(q, jnp.zeros((ROWS, AGENTS), int), state)
+    first_only = jnp.tile(jnp.array([True, False]), (ROWS, 1))
+    out, sown = QPLEX().apply(params, inputs._replace(agent_mask=first_only), mutable=["intermediates"])
+    w, v, lam, advantage = (jnp.asarray(sown["intermediates"][name][0]) for name in ("w", "v", "lambda", "advantage"))
+    blank = first_only.astype(float)
+    expected = (blank * (w * inputs.chosen_q + v)).sum(-1) + (advantage * (lam - 1)).sum(-1)
+    np.testing.assert_allclose(jnp.asarray(out)[:, 0], expected, rtol=1e-5)
+
+
 def test_agent_inputs_hold_what_the_configuration_says():
     """View, last action, identity, task, in this order."""
     from envs.base import Observation

@@ -1,5 +1,7 @@
 """Games by name: each keeps the interface's promises, sequences of tasks are data of one shape, and errors help."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from envs.registry import GAMES, make
 
 SCENARIOS = [(name, scenario) for name, entry in GAMES.items() for scenario in (*entry.scenarios, *entry.drifts)]
 COMPACT = ("matrix", "predator_prey")
-OPTIONS = {("matrix", "custom"): {"payoff": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}}
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {("matrix", "custom"): {"payoff": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}}
 
 # Tracing a SMAX step takes a second; two scenarios stand for the rest, whose sizes test_jaxmarl_adapter.py checks.
 TRACED = [

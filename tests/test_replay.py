@@ -104,12 +104,24 @@ def test_the_oldest_slot_has_nothing_before_it():
 def test_burn_in_only_where_a_sequence_began_inside_an_episode(burn_in):
     """The front of a sequence warms up until its first known start, and no longer than asked."""
     kinds = jnp.array([CONTINUE, CONTINUE, TERMINATED, CONTINUE, CONTINUE, CONTINUE, CONTINUE, CONTINUE])
-    state = replay.add(_empty(1, 8), _rollout(0, 8, 1, kinds))
+    state = replay.add(_empty(1, 16), _rollout(0, 8, 1, kinds))
     batch = replay.sample(jax.random.key(0), state, 200, 4, burn_in=burn_in)
     by_first = {int(first): np.asarray(batch.burn_in[:, index]) for index, first in enumerate(batch.slots.record[0])}
-    expected = {1: [1, 1, 0, 0], 2: [1, 0, 0, 0], 3: [0, 0, 0, 0], 4: [1, 1, 0, 0]}
+    expected = {0: [0, 0, 0, 0], 1: [1, 1, 0, 0], 2: [1, 0, 0, 0], 3: [0, 0, 0, 0], 4: [1, 1, 0, 0]}
     for first, warming in expected.items():
         np.testing.assert_array_equal(by_first[first], np.array(warming, bool) & (np.arange(4) < burn_in))
+
+
+def test_a_wrapped_ring_begins_inside_an_episode():
+    """Once slots were overwritten, what came before the oldest is unknown, and its sequence warms up like any other."""
+    state = _filled(4, 3, 1, 9)
+    batch = replay.sample(jax.random.key(0), state, 200, 2, burn_in=1)
+    np.testing.assert_array_equal(batch.burn_in, np.tile([[True], [False]], (1, 200)))
+
+
+def test_unwritten_slots_are_cut():
+    """Nothing is ever learned from a slot that was never written."""
+    assert (_empty(2, 4).slots.continuation == CUT).all()
 
 
 def test_cut_and_clear():

@@ -27,6 +27,8 @@ def test_equal_seeds_and_missing_seeds():
     certain = mean_estimate(np.ones(64))
     assert certain.value == 1 and 0.9 < certain.low < 1
     assert iqm_estimate(np.array([2.0, np.nan, 2.0])) == Estimate(2.0, 2.0, 2.0)
+    alone = iqm_estimate(np.array([0.5]))
+    assert alone.value == 0.5 and np.isnan(alone.low) and not alone.below(certain) and str(alone) == "0.50"
     assert np.isnan(mean_estimate(np.array([np.nan]))).all()
     assert str(Estimate(0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"
 

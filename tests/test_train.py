@@ -230,6 +230,20 @@ def test_every_mixer_and_every_mode_trains(mixer, mode):
     assert all(jax.tree.leaves(moved))
 
 
+def test_learning_waits_for_a_sequence_in_every_ring():
+    """With more environments than batch entries, each ring must hold a sequence before any is sampled."""
+    config = {
+        **TWO_STEP,
+        "collect": {"num_envs": 32, "rollout_length": 2},
+        "replay": {"capacity_env_steps": 2048, "batch_size": 2, "sequence_length": 4},
+        "train": {"env_steps_per_task": 384},
+        "evaluation": {"episodes": 1, "per_task": 6},
+    }
+    assert make_program(_resolved(config)).plan.slots_before_learning == 32 * 5
+    updates = jax.jit(make_train(config))(jax.random.key(0))["metrics"]["updates"]
+    np.testing.assert_array_equal(updates, [0, 0, 0, 1, 2, 3, 4])
+
+
 def test_plan_of_each_mode():
     """Sizes of rollouts, rings and sequences, rounded as documented."""
     program = make_program(

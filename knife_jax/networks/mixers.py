@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from knife_jax.config import Config, QmixConfig, QplexConfig
 from knife_jax.networks.neurons import Dense, Initializer
@@ -25,12 +25,14 @@ class MixerInputs(NamedTuple):
         greedy_q: the value of each agent's best available action; QPLEX takes no gradient through it.
         actions: the one-hot of each agent's action.
         state: the global state.
+        agent_mask: the agents that exist; all if None. The values of the others are given as 0.
     """
 
     chosen_q: Float[Array, "*N A"]
     greedy_q: Float[Array, "*N A"]
     actions: Float[Array, "*N A U"]
     state: Float[Array, "*N G"]
+    agent_mask: Bool[Array, "*N A"] | None = None
 
 
 class Independent(nn.Module):
@@ -103,6 +105,8 @@ class QPLEX(nn.Module):
         """The team value."""
         w, v = self._transformation(inputs.state, inputs.chosen_q.shape[-1])
         transformed = w * inputs.chosen_q + v
+        if inputs.agent_mask is not None:
+            transformed = jnp.where(inputs.agent_mask, transformed, 0.0)
         advantage = jax.lax.stop_gradient(w * (inputs.chosen_q - inputs.greedy_q))
         weight = self._lambda_net(inputs.state, inputs.actions)
         for name, value in {"w": w, "v": v, "lambda": weight, "advantage": advantage}.items():

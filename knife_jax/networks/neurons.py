@@ -26,12 +26,22 @@ class Initializer(NamedTuple):
     scale: float = 1.0
 
     def kernel(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
-        """Draws a kernel `[inputs, ..., units]`."""
+        """Draws a kernel `[inputs, units]`."""
         if self.name == "torch_uniform":
             return _uniform_within(key, shape, fan_in)
-        flat = (shape[0], shape[1] if len(shape) == 2 else shape[1] * shape[2])
         draw = nn.initializers.lecun_normal() if self.name == "flax" else nn.initializers.orthogonal(self.scale)
-        return draw(key, flat, jnp.float32).reshape(shape)
+        return draw(key, tuple(shape), jnp.float32)
+
+    def gates(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int, recurrent: bool) -> Array:
+        """Draws a GRU's kernel `[inputs, 3, units]`, each gate by itself.
+
+        But for `torch_uniform` these are Flax's own defaults (as JaxMARL has them): LeCun normal on the input, orthogonal on the state.
+        """
+        if self.name == "torch_uniform":
+            return _uniform_within(key, shape, fan_in)
+        draw = nn.initializers.orthogonal() if recurrent else nn.initializers.lecun_normal()
+        gates = [draw(gate, (shape[0], shape[2]), jnp.float32) for gate in jax.random.split(key, shape[1])]
+        return jnp.stack(gates, axis=1)
 
     def bias(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
         """Draws the biases that go with a kernel of `fan_in` inputs."""
@@ -104,9 +114,9 @@ class GRU(nn.Module):
         """
         size = inputs.shape[-1]
         draw, units = self.initializer, self.units
-        input_kernel = self.param("input_kernel", draw.kernel, (size, 3, units), units)
+        input_kernel = self.param("input_kernel", draw.gates, (size, 3, units), units, False)
         input_bias = self.param("input_bias", draw.bias, (3, units), units)
-        hidden_kernel = self.param("hidden_kernel", draw.kernel, (units, 3, units), units)
+        hidden_kernel = self.param("hidden_kernel", draw.gates, (units, 3, units), units, True)
         hidden_bias = self.param("hidden_bias", draw.bias, (3, units), units)
         flat_kernel, flat_bias = hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)
         projected = _affine(inputs, input_kernel.reshape(size, -1), input_bias.reshape(-1))
