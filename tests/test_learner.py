@@ -320,7 +320,8 @@ def _reference_loss(config, networks, params, target_params, batch):
     def team(tree, q, actions, time, row):
         best = np.where(mask[time, row], q, -np.inf).max(-1)
         chosen = np.take_along_axis(q, actions[:, None], -1)[:, 0]
-        inputs = MixerInputs(*map(jnp.asarray, (chosen, best, np.eye(networks.env.num_actions)[actions], state[time, row])))
+        one_hot = jax.nn.one_hot(actions, networks.env.num_actions)
+        inputs = MixerInputs(jnp.asarray(chosen), jnp.asarray(best), one_hot, jnp.asarray(state[time, row]))
         return float(jnp.asarray(networks.mixer.apply({"params": tree["mixer"]}, inputs))[0])
 
     errors, targets = [], []
@@ -368,7 +369,7 @@ def test_the_loss_is_its_definition(mixer, double_q):
     for task in (0, 1):
         stored, _ = _collected(config, networks, task, 5, 3)
         batch = _sample(stored, 6, 7)
-        loss, metrics = jax.jit(lambda p, t, b: learner.loss_fn(p, t, networks, b, config.hyper))(*trees, batch)
-        expected_loss, expected_target = _reference_loss(config, networks, *trees, batch)
+        loss, metrics = jax.jit(lambda p, t, b: learner.loss_fn(p, t, networks, b, config.hyper))(trees[0], trees[1], batch)
+        expected_loss, expected_target = _reference_loss(config, networks, trees[0], trees[1], batch)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["target"], expected_target, rtol=1e-4, atol=1e-5)
