@@ -32,19 +32,27 @@ def _joint_table(config, params):
     return np.asarray(jax.vmap(table)(params))
 
 
-def _calibrate(mixer, payoff):
+def _calibrate(mixer, payoff, updates=20_000):
     """Final greedy returns `[S]`, and the mean absolute error of each seed's table `[S]`."""
     preset = "qplex_matrix" if mixer == "qplex" else "matrix_calibration"
-    config = {"preset": preset, "env": {"name": "matrix", "scenario": payoff}, "learner": {"mixer": mixer}}
+    config = {
+        "preset": preset,
+        "env": {"name": "matrix", "scenario": payoff},
+        "learner": {"mixer": mixer},
+        "train": {"env_steps_per_task": updates},
+    }
     result = runner.run(config, seeds=SEEDS)
     tables = _joint_table(config, result.params)
     return result.metrics["eval/return"][:, -1], np.abs(tables - np.asarray(PAYOFFS[payoff])).mean(axis=(1, 2))
 
 
-@pytest.mark.parametrize("payoff", ["qtran", "qplex_1", "qplex_3", "pymarl2_alt_1"])
-def test_qplex_finds_the_optimum_of_payoffs_that_are_not_monotone(payoff):
-    """On every seed, with a table that is close everywhere."""
-    returns, errors = _calibrate("qplex", payoff)
+@pytest.mark.parametrize(("payoff", "updates"), [("qtran", 20_000), ("qplex_1", 20_000), ("qplex_3", 50_000), ("pymarl2_alt_1", 20_000)])
+def test_qplex_finds_the_optimum_of_payoffs_that_are_not_monotone(payoff, updates):
+    """On every seed, with a table that is close everywhere.
+
+    The near ties of QPLEX-3 (8 against 6 and 6) make greedy actions flip until the lambda-net has grown; 20,000 updates are too few there.
+    """
+    returns, errors = _calibrate("qplex", payoff, updates)
     np.testing.assert_allclose(returns, np.max(PAYOFFS[payoff]), rtol=1e-5)
     assert errors.max() < 1
 
