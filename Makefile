@@ -6,7 +6,7 @@ STAMP := .venv/installed
 .PHONY: train test slow lint clean
 
 train: $(STAMP)
-	$(BIN)/knife-jax train --preset matrix_drift --seeds 64
+	$(BIN)/knife-jax compare --preset matrix_drift --seeds 16
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
@@ -22,7 +22,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,examples]'
 	touch $@
 
 clean:

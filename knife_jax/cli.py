@@ -1,12 +1,12 @@
-"""The command line: `knife-jax train` and `knife-jax list`."""
+"""The command line: `knife-jax train`, `knife-jax compare` and `knife-jax list`."""
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, TypeVar, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -16,10 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from envs.registry import GAMES
+from knife_jax import compare as comparing
 from knife_jax import results, runner
 from knife_jax.config import Config, LearnerConfig
 from knife_jax.plan import Plan, make_game
+from knife_jax.plasticity.registry import METHODS
 from knife_jax.presets import PRESETS, preset_config
+from knife_jax.program import make_program
 from knife_jax.train import Callback
 
 DEFAULT_PRESET = "matrix_drift"
@@ -45,10 +48,35 @@ class TrainArguments:
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@dataclass(frozen=True)
+class CompareArguments:
+    """Trains several cures on the same seeds, one after the other, and compares them with the first.
+
+    Writes comparison.json, comparison.png and the files of `train` for every method into a new directory, once all is done.
+    """
+
+    preset: str = DEFAULT_PRESET
+    """The named configuration to start from, see `knife-jax list`; the fields below override it."""
+    config: Path | None = None
+    """A YAML file with configuration fields, laid over the preset."""
+    methods: tuple[str, ...] = ("none", "knife", "{name: reset, which: all}")
+    """Names of cures, or YAML mappings with a name and options."""
+    seeds: int = 1
+    """How many seeds, trained side by side."""
+    first_seed: int = 0
+    """The first of them."""
+    out: Path | None = None
+    """The new directory for results; runs/<preset>-compare-<date>-<time> if not given."""
+    fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+Arguments = TypeVar("Arguments", TrainArguments, CompareArguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for what the user must mend)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train_command, "list": list_command}
+    commands = {"train": train_command, "compare": compare_command, "list": list_command}
     if not given or given[0] not in commands:
         wants_help = bool(given) and given[0] in ("-h", "--help")
         stream = sys.stdout if wants_help else sys.stderr
@@ -66,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line, print the table, write the files."""
-    parsed = parse_train(arguments)
+    parsed = parse(TrainArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan, text = runner.describe_plan(parsed.fields, parsed.seeds)
     env, tasks = make_game(parsed.fields)
@@ -87,6 +115,32 @@ def train_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def compare_command(arguments: Sequence[str]) -> int:
+    """`knife-jax compare`: every method in turn, then the table, the differences and the files."""
+    parsed = parse(CompareArguments, arguments)
+    out = parsed.out or Path("runs") / f"{parsed.preset}-compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    configs = comparing.method_configs(parsed.fields, parsed.methods)
+    for config in configs.values():
+        make_program(config)  # refuses what cannot be run before the first hour is spent
+    env, tasks = make_game(parsed.fields)
+    console, runs = _console(), {}
+    with results.new_directory(out) as unfinished:
+        for method, config in configs.items():
+            plan, text = runner.describe_plan(config, parsed.seeds)
+            console.print(text)
+            with _progress_line(console) as line:
+                watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
+                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
+            took = runs[method].provenance
+            console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
+        comparing.write(runs, unfinished, env.reports_wins)
+    comparison = comparing.compare(runs, env.reports_wins)
+    console.print(comparing.as_table(comparison, [tasks.names[task] for task in tasks.order]))
+    console.print("\n".join(comparison.sentences), soft_wrap=True)
+    console.print(f"results in {out}", soft_wrap=True)
+    return 0
+
+
 def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Callback:
     """Moves the progress line at every evaluation."""
     job = line.add_task("compiling", total=num_tasks * (plan.evaluations_per_task + 1), news="")
@@ -99,8 +153,8 @@ def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Callba
     return on_evaluation
 
 
-def parse_train(arguments: Sequence[str]) -> TrainArguments:
-    """Reads the flags of `train`: first the preset and the file, then every field over them.
+def parse(kind: type[Arguments], arguments: Sequence[str]) -> Arguments:
+    """Reads the flags of a command: first the preset and the file, then every field over them.
 
     Raises:
         ValueError: for an unknown preset or bad fields.
@@ -114,16 +168,18 @@ def parse_train(arguments: Sequence[str]) -> TrainArguments:
         base = Config.from_yaml(named.config, base)
     if any(word.split("=")[0] == "--env.name" for word in arguments):
         base = Config.from_dict({"env": {"name": base.env.name}}, base)  # another game leaves the preset's scenario behind
-    default = TrainArguments(preset=named.preset, config=named.config, fields=base)
-    parsed = tyro.cli(TrainArguments, args=list(arguments), default=default, prog="knife-jax train", use_underscores=True)
+    default = kind(preset=named.preset, config=named.config, fields=base)
+    command = "train" if kind is TrainArguments else "compare"
+    parsed = tyro.cli(kind, args=list(arguments), default=default, prog=f"knife-jax {command}", use_underscores=True)
+    parsed = replace(parsed, fields=Config.from_dict(parsed.fields.to_dict()))  # what only the whole configuration can be checked for
     if parsed.seeds < 1:
         raise ValueError(f"--seeds: at least 1, got {parsed.seeds}")
     return parsed
 
 
 def list_command(arguments: Sequence[str]) -> int:
-    """`knife-jax list`: games, scenarios, mixers and presets."""
-    argparse.ArgumentParser(prog="knife-jax list", description="Lists games, scenarios, mixers and presets.").parse_args(arguments)
+    """`knife-jax list`: games, scenarios, mixers, cures and presets."""
+    argparse.ArgumentParser(prog="knife-jax list", description="Lists games, scenarios, mixers, cures and presets.").parse_args(arguments)
     console = _console()
     games = Table("game", "what it is", "scenarios", "task sequences", title="Games", title_justify="left")
     for name, entry in GAMES.items():
@@ -131,6 +187,7 @@ def list_command(arguments: Sequence[str]) -> int:
     console.print(games)
     mixers = get_args(get_type_hints(LearnerConfig)["mixer"])
     console.print(f"Mixers: {', '.join(mixers)}")
+    console.print(f"Cures: {', '.join(METHODS)}")
     console.print(f"Presets: {', '.join(PRESETS)}")
     console.print(f"Devices: {', '.join(str(device) for device in jax.devices())}")
     return 0

@@ -12,8 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Environment, EnvParams, Observation, Outcome
 from envs.wrappers import AutoReset, EpisodeStatistics, IdleAfterEnd
-from knife_jax.learner import Hyper, Metrics, Networks, Params, task_code
+from knife_jax.learner import Metrics
+from knife_jax.model import Hyper, Networks, task_code
 from knife_jax.networks.agents import agent_inputs, initial_hidden, mask_unavailable
+from knife_jax.plasticity.method import Variables
 from knife_jax.replay import Continuation, Slot, cut_ends, starts_after
 
 
@@ -47,7 +49,7 @@ def init_actors(key: PRNGKeyArray, networks: Networks, env: Environment, num_env
 
 
 def explore(
-    key: PRNGKeyArray, params: Params, networks: Networks, collector: CollectorState, task: Int[Array, ""], length: int, hyper: Hyper
+    key: PRNGKeyArray, variables: Variables, networks: Networks, collector: CollectorState, task: Int[Array, ""], length: int, hyper: Hyper
 ) -> tuple[CollectorState, Slot, Metrics]:
     """Collects a rollout of `length` slots with epsilon-greedy actions.
 
@@ -61,7 +63,7 @@ def explore(
     def one_slot(collector: CollectorState, key: PRNGKeyArray) -> tuple[CollectorState, tuple[Slot, Metrics]]:
         key_act, key_step = jax.random.split(key)
         epsilon = epsilon_at(collector.explored_env_steps, hyper)
-        actors, slot, outcome = _advance((key_act, key_step), params, networks, env, collector.actors, task, task_params, epsilon)
+        actors, slot, outcome = _advance((key_act, key_step), variables, networks, env, collector.actors, task, task_params, epsilon)
         steps = (~outcome.info["reset"]).sum().astype(jnp.float32)
         collector = CollectorState(actors, collector.explored_env_steps + steps)
         return collector, (slot, {**_ended(outcome), "env_steps": steps, "epsilon": epsilon})
@@ -76,7 +78,7 @@ def cut_rollout(rollout: Slot) -> Slot:
     return rollout._replace(continuation=rollout.continuation.at[-1].set(cut_ends(rollout.continuation[-1])))
 
 
-def evaluate(key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Array, ""], episodes: int) -> Metrics:
+def evaluate(key: PRNGKeyArray, variables: Variables, networks: Networks, task: Int[Array, ""], episodes: int) -> Metrics:
     """Plays complete episodes greedily.
 
     Returns:
@@ -89,7 +91,7 @@ def evaluate(key: PRNGKeyArray, params: Params, networks: Networks, task: Int[Ar
     actors = init_actors(key_reset, networks, env, episodes, task_params)
 
     def one_step(actors: ActorState, key: PRNGKeyArray) -> tuple[ActorState, Metrics]:
-        actors, _, outcome = _advance((key, key), params, networks, env, actors, task, task_params, None)
+        actors, _, outcome = _advance((key, key), variables, networks, env, actors, task, task_params, None)
         return actors, _ended(outcome)
 
     _, sums = jax.lax.scan(one_step, actors, jax.random.split(key_steps, env.max_steps))
@@ -116,7 +118,7 @@ def epsilon_greedy(
 
 def _advance(
     keys: tuple[PRNGKeyArray, PRNGKeyArray],
-    params: Params,
+    variables: Variables,
     networks: Networks,
     env: AutoReset,
     actors: ActorState,
@@ -128,7 +130,7 @@ def _advance(
     num_envs = actors.starts.shape[0]
     record = jax.vmap(env.record)(actors.env)
     observation = jax.vmap(env.observe, in_axes=(0, None))(record, task_params)
-    values, hidden = _act_values(params, networks, observation, actors, task)
+    values, hidden = _act_values(variables, networks, observation, actors, task)
     if epsilon is None:
         actions = mask_unavailable(values, observation.action_mask).argmax(axis=-1)
     else:
@@ -141,13 +143,13 @@ def _advance(
     return ActorState(state, hidden, actions.astype(jnp.int32), starts_after(continuation)), slot, outcome
 
 
-def _act_values(params: Params, networks: Networks, observation: Observation, actors: ActorState, task: Array) -> tuple[Array, Array]:
+def _act_values(variables: Variables, networks: Networks, observation: Observation, actors: ActorState, task: Array) -> tuple[Array, Array]:
     """One step of the agent network; the time axis of length 1 comes and goes here."""
     starts = actors.starts[None]
     code = task_code(networks, jnp.full(starts.shape, task))
     view = jax.tree.map(lambda leaf: leaf[None], observation)
     inputs = agent_inputs(networks.config.agent, view, actors.last_actions[None], starts, code)
-    values, hidden = networks.agent.apply({"params": params["agent"]}, inputs, starts, actors.hidden)
+    values, hidden = networks.apply_agent(variables, inputs, starts, actors.hidden)
     return jnp.asarray(values)[0], jnp.asarray(hidden)
 
 

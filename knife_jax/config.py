@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from tyro.constructors import PrimitiveConstructorSpec
 
 from envs.base import nearest, unknown_name
+from knife_jax.plasticity import registry
 
 _SETTINGS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -237,6 +238,26 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, config=_SETTINGS)
+class PlasticityConfig:
+    """The cure, and when it is applied."""
+
+    name: str = "none"
+    """The method, see `knife-jax list`; several at once as `layer_norm+redo`."""
+    when: Literal["interval", "task_switch", "once"] = "interval"
+    """Every `interval_updates`; at every task switch (which is to know the boundaries); or once, after `interval_updates`. Methods that
+    work at every gradient step (continual backprop, ...) do so whatever this says."""
+    interval_updates: Annotated[int, Field(gt=0)] | None = None
+    """Gradient steps between interventions; if none, the length of a task in a task sequence (which all but knows the boundaries),
+    1,000 otherwise."""
+    diagnostics: bool = True
+    """Measure stagnant, dormant and other units before every evaluation, as `plasticity/<layer>/<measure>`."""
+    diagnostic_batches: Positive = 4
+    """Batches that these are measured on."""
+    options: Annotated[dict[str, Any], _YAML] = Field(default_factory=dict)
+    """What the method takes, for instance '{threshold: 0.25, layers: agent}'; in dicts and files they may stand beside `name`."""
+
+
+@dataclass(frozen=True, config=_SETTINGS)
 class Config:
     """All of an experiment but its seeds."""
 
@@ -252,6 +273,7 @@ class Config:
     replay: ReplayConfig = ReplayConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    plasticity: PlasticityConfig = PlasticityConfig()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: "Config | None" = None) -> "Config":
@@ -276,6 +298,7 @@ class Config:
                 mistakes += _explain(error, name, section)
         if mistakes:
             raise ValueError("\n".join(mistakes))
+        _check_method(sections["plasticity"])
         return cls(**sections)
 
     @classmethod
@@ -300,6 +323,7 @@ class Config:
     def hyper(self) -> dict[str, dict[str, float]]:
         """The numbers that may be swept inside one compiled program, as `{section: {field: value}}`."""
         swept = {section.name: _swept(getattr(self, section.name)) for section in fields(self)}  # pyright: ignore[reportArgumentType]
+        swept["plasticity"] = registry.swept_options(self.plasticity.name, self.plasticity.options)
         return {section: values for section, values in swept.items() if values}
 
 
@@ -351,10 +375,35 @@ def _merge(base: dict[str, Any], values: Mapping[Any, Any], cls: type, path: str
         if is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{path}{name}: expected a section with fields, got {value!r}")
+            value = _gather_options(value, base[name]) if name == "plasticity" else value
             base[name] = _merge(_without_old_game(name, base[name], value), value, hints[name], f"{path}{name}.")
         else:
             base[name] = value
     return base
+
+
+def _check_method(plasticity: PlasticityConfig) -> None:
+    """Checks the cure's name and options.
+
+    Raises:
+        ValueError: with the field's path.
+    """
+    try:
+        registry.check(plasticity.name, plasticity.options, get_type_hints(PlasticityConfig))
+    except ValueError as error:
+        field = "" if str(error).startswith("options: ") else "name: "
+        raise ValueError(f"plasticity.{field}{error}") from None
+
+
+def _gather_options(values: Mapping[Any, Any], base: Mapping[str, Any]) -> dict[Any, Any]:
+    """Puts what is no field of the section among the method's options; a newly named method leaves older ones behind."""
+    known = get_type_hints(PlasticityConfig)
+    loose = {name: value for name, value in values.items() if name not in known}
+    gathered = {name: value for name, value in values.items() if name in known}
+    if loose or "name" in values or "options" in values:
+        older = {} if "name" in values else base["options"]
+        gathered["options"] = {**older, **values.get("options", {}), **loose}
+    return gathered
 
 
 def _without_old_game(section: str, base: dict[str, Any], values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -3,41 +3,55 @@
 Shapes: T slots of a sequence, B sequences, A agents, U actions, M team values (1, or A for independent learners).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from envs.base import Environment, Observation, Tasks
+from envs.base import Observation
 from knife_jax.config import Config
-from knife_jax.networks.agents import AgentNetwork, agent_inputs, initial_hidden, mask_unavailable
-from knife_jax.networks.mixers import MixerInputs, make_mixer
+from knife_jax.model import Hyper, Networks, Params, draw_params, mixer_state, observe, task_code
+from knife_jax.networks.agents import agent_inputs, initial_hidden, mask_unavailable
+from knife_jax.networks.mixers import MixerInputs
+from knife_jax.plasticity.method import Trees, Variables, keep_state, no_penalty
 from knife_jax.replay import Continuation, Sequences
 
-Params = Any
-Hyper = dict[str, dict[str, Any]]
 Metrics = dict[str, Array]
 
 
 class LearnerState(NamedTuple):
-    """Everything that a gradient step changes: `{"agent": ..., "mixer": ...}` parameters, their targets, the optimizer's state."""
+    """Everything that a gradient step or an intervention changes.
+
+    Attributes:
+        params: `{"agent": ..., "mixer": ...}`.
+        target_params: those of the target network.
+        opt_state: the optimizer's state.
+        reserve: the frozen part that the cure added, empty for most.
+        target_reserve: that of the target network.
+        cure: the cure's state.
+        report: what the cure did so far, `{"<layer>/<measure>": number}`; see `intervene`.
+    """
 
     params: Params
     target_params: Params
     opt_state: optax.OptState
+    reserve: Any
+    target_reserve: Any
+    cure: Any
+    report: Metrics
 
+    @property
+    def variables(self) -> Variables:
+        """The online network's `{"params": ..., "reserve": ...}`."""
+        return {"params": self.params, "reserve": self.reserve}
 
-class Networks(NamedTuple):
-    """The modules and static facts that losses and policies close over."""
-
-    agent: AgentNetwork
-    mixer: nn.Module
-    env: Environment
-    tasks: Tasks
-    config: Config
+    @property
+    def target_variables(self) -> Variables:
+        """The target network's."""
+        return {"params": self.target_params, "reserve": self.target_reserve}
 
 
 class TeamValues(NamedTuple):
@@ -46,11 +60,6 @@ class TeamValues(NamedTuple):
     online: Float[Array, "T B M"]
     target: Float[Array, "T B M"]
     agrees: Bool[Array, "T B A"]
-
-
-def make_networks(config: Config, env: Environment, tasks: Tasks) -> Networks:
-    """Builds the modules that a configuration names."""
-    return Networks(AgentNetwork(env.num_actions, config.agent), make_mixer(config), env, tasks, config)
 
 
 def make_optimizer(config: Config, hyper: Hyper) -> optax.GradientTransformation:
@@ -69,18 +78,13 @@ def make_optimizer(config: Config, hyper: Hyper) -> optax.GradientTransformation
 
 def init(key: PRNGKeyArray, networks: Networks, hyper: Hyper) -> LearnerState:
     """Draws parameters; the target network starts as a copy."""
-    key_agent, key_mixer = jax.random.split(key)
-    observation = _zero_observation(networks)
-    num_agents = networks.env.num_agents
-    task = task_code(networks, jnp.zeros((1, 1), jnp.int32))
-    starts = jnp.ones((1, 1), bool)
-    inputs = agent_inputs(networks.config.agent, observation, jnp.zeros((1, 1, num_agents), jnp.int32), starts, task)
-    agent = networks.agent.init(key_agent, inputs, starts, initial_hidden(networks.config.agent, (1, num_agents)))
-    values = jnp.zeros((1, 1, num_agents))
-    actions = jnp.zeros((1, 1, num_agents, networks.env.num_actions))
-    mixer = networks.mixer.init(key_mixer, MixerInputs(values, values, actions, _mixer_state(observation, task)))
-    params = {"agent": agent["params"], "mixer": mixer.get("params", {})}
-    return LearnerState(params, params, make_optimizer(networks.config, hyper).init(params))
+    cure = networks.cure(hyper)
+    variables = cure.allocate({"params": draw_params(key, networks), "reserve": {}})
+    params, reserve = variables["params"], variables["reserve"]
+    opt_state = cure.wrap_optimizer(make_optimizer(networks.config, hyper)).init(params)
+    state = LearnerState(params, params, opt_state, reserve, reserve, cure.init(variables), {})
+    said = jax.eval_shape(lambda state: intervene(jax.random.key(0), state, networks, hyper).report, state)
+    return state._replace(report=jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), said))
 
 
 def td_lambda_returns(
@@ -121,8 +125,17 @@ def td_lambda_returns(
     return returns
 
 
-def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Sequences, hyper: Hyper) -> tuple[Float[Array, ""], Metrics]:
+def loss_fn(
+    variables: Variables, target: Variables, networks: Networks, batch: Sequences, hyper: Hyper
+) -> tuple[Float[Array, ""], Metrics]:
     """The masked TD error of a batch of sequences.
+
+    Args:
+        variables: of the online network: `params`, and where the cure has them `reserve` and `taps`.
+        target: of the target network.
+        networks: the modules.
+        batch: sequences from the replay.
+        hyper: sweepable numbers.
 
     Returns:
         The loss, and metrics: `loss`, `td_error` (root mean square over valid transitions), `q_tot`, `target` (their means), `greedy_share`
@@ -131,13 +144,16 @@ def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Se
     settings, swept = networks.config.learner, hyper["learner"]
     slots = batch.slots
     observation = observe(networks, slots.record, slots.task)
-    values = team_values(params, target_params, networks, batch, observation)
+    valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
+    acting = valid & observation.agent_mask
+    if variables.get("taps"):
+        variables = {**variables, "tap_mask": {"agent": acting, "mixer": valid[..., 0]}}
+    values = team_values(variables, target, networks, batch, observation)
     reward = jnp.broadcast_to(slots.reward[..., None] * swept["reward_scale"], values.online.shape)
     targets = td_lambda_returns(reward, values.target, slots.continuation, swept["gamma"], swept["td_lambda"])
-    valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
-    acting = (valid & observation.agent_mask).astype(reward.dtype)
     if values.online.shape[-1] > 1:
-        valid = valid & observation.agent_mask
+        valid = acting
+    acting = acting.astype(reward.dtype)
     mask = jnp.broadcast_to(valid, values.online.shape).astype(values.online.dtype)
     error = mask * (values.online - jax.lax.stop_gradient(targets))
     count = jnp.maximum(mask.sum(), 1.0)
@@ -154,35 +170,70 @@ def loss_fn(params: Params, target_params: Params, networks: Networks, batch: Se
     return mean_square * scale, metrics
 
 
-def team_values(params: Params, target_params: Params, networks: Networks, batch: Sequences, observation: Observation) -> TeamValues:
+def team_values(variables: Variables, target: Variables, networks: Networks, batch: Sequences, observation: Observation) -> TeamValues:
     """Team values of the actions taken (online) and of the next greedy actions (target), at every slot.
 
     Sequences of one slot hold only terminated steps, which bootstrap from nothing; their target network is not run.
     """
     task = task_code(networks, batch.slots.task)
     inputs = agent_inputs(networks.config.agent, observation, batch.last_actions, batch.starts, task)
-    state = _mixer_state(observation, task)
-    online = _unroll(params, networks, inputs, batch)
+    state = mixer_state(observation, task)
+    online = _unroll(variables, networks, inputs, batch)
     greedy = mask_unavailable(online, observation.action_mask).argmax(axis=-1)
     detached = jax.lax.stop_gradient(mask_unavailable(online, observation.action_mask))
-    taken = _mix(params, networks, batch.slots.actions, online, detached.max(axis=-1), state, observation)
+    taken = _mix(variables, networks, batch.slots.actions, online, detached.max(axis=-1), state, observation)
     agreement = batch.slots.actions == greedy
     if batch.starts.shape[0] == 1:
         return TeamValues(taken, jnp.zeros_like(taken), agreement)
-    target = _unroll(target_params, networks, inputs, batch)
-    available = mask_unavailable(target, observation.action_mask)
+    values = _unroll(target, networks, inputs, batch)
+    available = mask_unavailable(values, observation.action_mask)
     best = greedy if networks.config.learner.double_q else available.argmax(axis=-1)
-    following = _mix(target_params, networks, best, target, available.max(axis=-1), state, observation)
+    following = _mix(target, networks, best, values, available.max(axis=-1), state, observation)
     return TeamValues(taken, following, agreement)
 
 
 def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyper: Hyper) -> tuple[LearnerState, Metrics]:
-    """One step of the optimizer on one batch; adds the gradient's norm before clipping, `grad_norm`, to the loss's metrics."""
-    optimizer = make_optimizer(networks.config, hyper)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, state.target_params, networks, batch, hyper)
+    """One step of the optimizer on one batch, which the cure may watch.
+
+    Adds the gradient's norm before clipping, `grad_norm`, to the loss's metrics.
+    """
+    cure = networks.cure(hyper)
+    optimizer = cure.wrap_optimizer(make_optimizer(networks.config, hyper))
+
+    def objective(params: Params, taps: Any) -> tuple[Array, Metrics]:
+        variables = {"params": params, "reserve": state.reserve, "taps": taps}
+        loss, metrics = loss_fn(variables, state.target_variables, networks, batch, hyper)
+        if cure.penalty is not no_penalty:
+            loss = loss + cure.penalty(params, state.cure)
+        return loss, metrics
+
+    (grads, seen), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(state.params, cure.taps(state.cure))
+    if cure.observe is not keep_state:
+        state = state._replace(cure=cure.observe(state.cure, state.variables, grads, {**seen, "error": error_gradient(metrics)}))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state._replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def error_gradient(metrics: Metrics) -> Float[Array, ""]:
+    """The root mean square of dL/dQ_tot up to the number of transitions, from a loss's metrics."""
+    return 2 * metrics["loss"] / jnp.maximum(metrics["td_error"], 1e-12)
+
+
+def intervene(key: PRNGKeyArray, state: LearnerState, networks: Networks, hyper: Hyper) -> LearnerState:
+    """Lets the cure rewrite both networks and the optimizer's state.
+
+    What it reports is added to `state.report`, except for states of affairs (`reserve_in_use`), which are kept as they are.
+    """
+    cure = networks.cure(hyper)
+    optimizer = cure.wrap_optimizer(make_optimizer(networks.config, hyper))
+    trees = Trees(state.variables, state.target_variables, state.opt_state)
+    memory, trees, said = cure.apply(key, state.cure, trees, optimizer)
+    assert trees.target is not None and trees.opt_state is not None
+    before = state.report or said
+    report = {name: value if name.endswith("in_use") else before[name] + value for name, value in said.items()}
+    online, target = trees.variables, trees.target
+    return LearnerState(online["params"], target["params"], trees.opt_state, online["reserve"], target["reserve"], memory, report)
 
 
 def update_target(state: LearnerState, networks: Networks, updates: Int[Array, ""], hyper: Hyper) -> LearnerState:
@@ -190,53 +241,30 @@ def update_target(state: LearnerState, networks: Networks, updates: Int[Array, "
     settings = networks.config.learner
     if settings.target_update == "polyak":
         tau = hyper["learner"]["polyak_tau"]
-        target = jax.tree.map(lambda old, new: old + tau * (new - old), state.target_params, state.params)
+        target = jax.tree.map(partial(_towards, tau), state.target_variables, state.variables)
     else:
         due = updates % settings.target_interval_updates == 0
-        target = jax.lax.cond(due, lambda: state.params, lambda: state.target_params)
-    return state._replace(target_params=target)
+        target = jax.lax.cond(due, lambda: state.variables, lambda: state.target_variables)
+    return state._replace(target_params=target["params"], target_reserve=target["reserve"])
 
 
-def observe(networks: Networks, record: Any, task: Int[Array, "*N"]) -> Observation:
-    """Renders recorded states under the parameters of their tasks, over any batch axes."""
-    render = networks.env.observe
-    for _ in range(task.ndim):
-        render = jax.vmap(render)
-    return render(record, networks.tasks.at(task))
+def _towards(tau: Array | float, old: Array, new: Array) -> Array:
+    """A step from old to new; what is no number but a link between neurons is the same in both networks."""
+    return old + tau * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
 
 
-def task_code(networks: Networks, task: Int[Array, "*N"]) -> Float[Array, "*N K"] | None:
-    """The one-hot of the task, if agents and mixer are to see it."""
-    if not networks.config.switch.observe_task:
-        return None
-    return jax.nn.one_hot(task, len(networks.tasks.names))
-
-
-def _unroll(params: Params, networks: Networks, inputs: Array, batch: Sequences) -> Array:
+def _unroll(variables: Variables, networks: Networks, inputs: Array, batch: Sequences) -> Array:
     hidden = initial_hidden(networks.config.agent, inputs.shape[1:-1])
-    values, _ = networks.agent.apply({"params": params["agent"]}, inputs, batch.starts, hidden)
+    values, _ = networks.apply_agent(variables, inputs, batch.starts, hidden)
     return jnp.asarray(values)
 
 
-def _mix(params: Params, networks: Networks, actions: Array, values: Array, best: Array, state: Array, observation: Observation) -> Array:
+def _mix(
+    variables: Variables, networks: Networks, actions: Array, values: Array, best: Array, state: Array, observation: Observation
+) -> Array:
     """Team values of given actions; agents that do not exist in the task add nothing."""
     one_hot = jax.nn.one_hot(actions, values.shape[-1], dtype=values.dtype)
     exists = observation.agent_mask
     chosen = jnp.where(exists, (values * one_hot).sum(axis=-1), 0.0)
     inputs = MixerInputs(chosen, jnp.where(exists, best, 0.0), jnp.where(exists[..., None], one_hot, 0.0), state, exists)
-    return jnp.asarray(networks.mixer.apply({"params": params["mixer"]}, inputs))
-
-
-def _mixer_state(observation: Observation, task: Array | None) -> Array:
-    return observation.state if task is None else jnp.concatenate([observation.state, task], axis=-1)
-
-
-def _zero_observation(networks: Networks) -> Observation:
-    """An observation `[1, 1, ...]` of zeros."""
-    env = networks.env
-    return Observation(
-        jnp.zeros((1, 1, env.num_agents, env.observation_size)),
-        jnp.zeros((1, 1, env.state_size)),
-        jnp.ones((1, 1, env.num_agents, env.num_actions), bool),
-        jnp.ones((1, 1, env.num_agents), bool),
-    )
+    return networks.apply_mixer(variables, inputs)

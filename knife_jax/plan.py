@@ -44,6 +44,49 @@ class Plan(NamedTuple):
         return np.arange(num_tasks, dtype=np.int64)[:, None] * self.env_steps_per_task + within
 
 
+class Schedule(NamedTuple):
+    """When interventions happen.
+
+    Attributes:
+        every_updates: before every gradient step whose number so far is a multiple of it; None at task switches only.
+        only_once: whether the first multiple is the only one.
+        count: how many there will be in a whole run.
+    """
+
+    every_updates: int | None
+    only_once: bool
+    count: int
+
+
+def make_schedule(config: Config, plan: Plan, num_positions: int) -> Schedule:
+    """Works out when a cure intervenes.
+
+    Args:
+        config: the configuration.
+        plan: its sizes.
+        num_positions: length of the task order.
+
+    Raises:
+        ValueError: for an interval as long as the run, or task switches of a single task, with the field's path.
+    """
+    settings = config.plasticity
+    nominal = plan.rounds_per_evaluation * plan.evaluations_per_task * config.train.updates_per_round
+    if settings.when == "task_switch":
+        if num_positions == 1:
+            raise ValueError(
+                "plasticity.when: 'task_switch' never comes in a run of one task; take 'interval' or 'once', or a task sequence"
+            )
+        return Schedule(None, False, num_positions - 1)
+    waiting = (-(-plan.slots_before_learning // plan.round_env_steps) - 1) * config.train.updates_per_round
+    times_waiting = num_positions if config.switch.replay == "clear" else 1
+    total = nominal * num_positions - waiting * times_waiting
+    interval = settings.interval_updates or (nominal if num_positions > 1 else min(1000, max(1, total // 2)))
+    if interval >= total and settings.interval_updates is not None and settings.name != "none":
+        raise ValueError(f"plasticity.interval_updates: {interval} never comes in a run of {total} gradient steps")
+    once = settings.when == "once"
+    return Schedule(interval, once, 1 if once else (total - 1) // interval)
+
+
 def make_game(config: Config) -> tuple[Environment, Tasks]:
     """The environment and tasks that a configuration names.
 

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from envs.wrappers import AutoReset
-from knife_jax import collect, learner, replay
+from knife_jax import collect, diagnose, learner, replay
 from knife_jax.config import Config
-from knife_jax.learner import Hyper, LearnerState, Metrics, Networks
-from knife_jax.plan import Plan, make_game, make_plan
+from knife_jax.learner import LearnerState, Metrics
+from knife_jax.model import Hyper, Networks, make_networks
+from knife_jax.plan import Plan, Schedule, make_game, make_plan, make_schedule
+from knife_jax.plasticity.method import Variables, no_intervention
+
+_CURE, _DIAGNOSIS = 2**31 - 1, 2**31 - 2
+"""Folded into keys for what must not change the draws of a run without it; far from what splitting reaches."""
 
 
 class Counters(NamedTuple):
@@ -32,6 +37,7 @@ class RunnerState(NamedTuple):
     replay: replay.ReplayState
     counters: Counters
     key: PRNGKeyArray
+    stagnant: diagnose.Masks
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Program:
         config: the configuration.
         networks: modules, environment and tasks.
         plan: static sizes.
+        schedule: when the cure intervenes.
     """
 
     config: Config
     networks: Networks
     plan: Plan
+    schedule: Schedule
 
     def init(self, key: PRNGKeyArray, hyper: Hyper) -> RunnerState:
         """The first state: parameters drawn, nothing stored, no task begun."""
@@ -59,6 +67,7 @@ class Program:
             replay.init(slot, self.config.collect.num_envs, self.plan.ring_capacity),
             Counters(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
             key,
+            diagnose.blank_masks(self.networks) if self._diagnoses else {},
         )
 
     def begin_task(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> RunnerState:
@@ -70,29 +79,78 @@ class Program:
         stored = replay.clear(state.replay) if switch.replay == "clear" else replay.cut(state.replay)
         learned = state.learner
         if switch.optimizer == "reset":
-            learned = learned._replace(opt_state=learner.make_optimizer(self.config, hyper).init(learned.params))
-        return RunnerState(learned, collector, stored, state.counters, key)
+            optimizer = self.networks.cure(hyper).wrap_optimizer(learner.make_optimizer(self.config, hyper))
+            learned = learned._replace(opt_state=optimizer.init(learned.params))
+        if self._intervenes(hyper) == "task_switch":
+            key, key_cure = jax.random.split(key)
+            learned = self._intervene_if(state.counters.updates > 0, key_cure, learned, hyper)
+        return RunnerState(learned, collector, stored, state.counters, key, state.stagnant)
 
     def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Metrics]:
-        """`plan.rounds_per_evaluation` rounds of collecting and learning, and `train/` metrics over them."""
+        """`plan.rounds_per_evaluation` rounds of collecting and learning, with `train/` metrics over them and `plasticity/` after them."""
         updates = state.counters.updates
 
         def one_round(state: RunnerState, _: None) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
             return self._round(state, task, hyper)
 
         state, (played, learned) = jax.lax.scan(one_round, state, length=self.plan.rounds_per_evaluation)
-        return state, _train_metrics(played, learned, state.counters.updates - updates)
+        metrics = _train_metrics(played, learned, state.counters.updates - updates)
+        metrics |= {f"cure/{name}": value for name, value in state.learner.report.items()}
+        if not self._diagnoses:
+            return state, metrics
+        measures, stagnant = self._diagnose(jax.random.fold_in(state.key, _DIAGNOSIS), state, hyper)
+        return state._replace(stagnant=stagnant), {**metrics, **measures}
+
+    def _diagnose(self, key: PRNGKeyArray, state: RunnerState, hyper: Hyper) -> tuple[Metrics, diagnose.Masks]:
+        """What the hidden units are like; NaN before there is enough to learn from."""
+        args = (state.learner, self.networks, state.replay, self.plan, hyper, state.stagnant)
+
+        def measured() -> tuple[Metrics, diagnose.Masks]:
+            return diagnose.diagnose(key, *args)
+
+        def unknown() -> tuple[Metrics, diagnose.Masks]:
+            return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan), jax.eval_shape(measured)[0]), state.stagnant
+
+        return jax.lax.cond(self._can_learn(state.replay), measured, unknown)
+
+    def _can_learn(self, stored: replay.ReplayState) -> Array:
+        """Whether enough is stored for a gradient step; the same for every seed."""
+        return stored.size * self.config.collect.num_envs >= self.plan.slots_before_learning
+
+    @property
+    def _diagnoses(self) -> bool:
+        return self.config.plasticity.diagnostics and bool(self.networks.graph.layers)
 
     def evaluate(self, state: RunnerState, task: Int[Array, ""]) -> tuple[RunnerState, Metrics]:
         """`eval/` metrics of one task."""
         key, key_play = jax.random.split(state.key)
-        return state._replace(key=key), self._play(key_play, state.learner.params, task)
+        return state._replace(key=key), self._play(key_play, state.learner.variables, task)
 
     def evaluate_all(self, state: RunnerState) -> tuple[RunnerState, Metrics]:
         """`eval/` metrics of every distinct task, `[K]`."""
         key, key_play = jax.random.split(state.key)
         tasks = jnp.arange(len(self.networks.tasks.names))
-        return state._replace(key=key), jax.vmap(self._play, in_axes=(None, None, 0))(key_play, state.learner.params, tasks)
+        return state._replace(key=key), jax.vmap(self._play, in_axes=(None, None, 0))(key_play, state.learner.variables, tasks)
+
+    def _intervenes(self, hyper: Hyper) -> str:
+        """When the cure rewrites anything: `never`, `every_update`, `task_switch` or `interval`."""
+        cure = self.networks.cure(hyper)
+        if cure.apply is no_intervention:
+            return "never"
+        if cure.every_update:
+            return "every_update"
+        return "interval" if self.schedule.every_updates is not None else "task_switch"
+
+    def _intervene_if(self, due: Array, key: PRNGKeyArray, learned: LearnerState, hyper: Hyper) -> LearnerState:
+        return jax.lax.cond(due, lambda: learner.intervene(key, learned, self.networks, hyper), lambda: learned)
+
+    def _is_due(self, updates: Array) -> Array:
+        """Whether an intervention comes before the gradient step after so many."""
+        interval = self.schedule.every_updates
+        assert interval is not None
+        if self.schedule.only_once:
+            return updates == interval
+        return (updates % interval == 0) & (updates > 0)
 
     @property
     def _acting(self) -> AutoReset:
@@ -101,8 +159,8 @@ class Program:
     def _fresh_actors(self, key: PRNGKeyArray, task: Array) -> collect.ActorState:
         return collect.init_actors(key, self.networks, self._acting, self.config.collect.num_envs, self.networks.tasks.at(task))
 
-    def _play(self, key: PRNGKeyArray, params: Any, task: Array) -> Metrics:
-        metrics = collect.evaluate(key, params, self.networks, task, self.config.evaluation.episodes)
+    def _play(self, key: PRNGKeyArray, variables: Variables, task: Array) -> Metrics:
+        metrics = collect.evaluate(key, variables, self.networks, task, self.config.evaluation.episodes)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def _round(self, state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
@@ -111,26 +169,30 @@ class Program:
         collector, mode = state.collector, self.config.collect.mode
         if mode != "continuous":
             collector = collector._replace(actors=self._fresh_actors(key_reset, task))
-        params, length = state.learner.params, self.plan.rollout_length
-        collector, rollout, played = collect.explore(key_explore, params, self.networks, collector, task, length, hyper)
+        variables, length = state.learner.variables, self.plan.rollout_length
+        collector, rollout, played = collect.explore(key_explore, variables, self.networks, collector, task, length, hyper)
         if mode == "rollout":
             rollout = collect.cut_rollout(rollout)
         stored = replay.add(state.replay, rollout)
         learned, updates, summed = self._learn(key_learn, state, stored, hyper)
         counters = Counters(state.counters.rounds + 1, updates)
-        return RunnerState(learned, collector, stored, counters, key), (played, summed)
+        return RunnerState(learned, collector, stored, counters, key, state.stagnant), (played, summed)
 
     def _learn(
         self, key: PRNGKeyArray, state: RunnerState, stored: replay.ReplayState, hyper: Hyper
     ) -> tuple[LearnerState, Array, Metrics]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
-        settings, plan = self.config, self.plan
+        settings, plan, intervenes = self.config, self.plan, self._intervenes(hyper)
 
         def one_update(carry: tuple[LearnerState, Array], key: PRNGKeyArray) -> tuple[tuple[LearnerState, Array], Metrics]:
             learned, updates = carry
             batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
             batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)
+            if intervenes == "interval":
+                learned = self._intervene_if(self._is_due(updates), jax.random.fold_in(key, _CURE), learned, hyper)
             learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)
+            if intervenes == "every_update":
+                learned = learner.intervene(jax.random.fold_in(key, _CURE), learned, self.networks, hyper)
             return (learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1), metrics
 
         def learn() -> tuple[LearnerState, Array, Metrics]:
@@ -141,8 +203,7 @@ class Program:
         def skip() -> tuple[LearnerState, Array, Metrics]:
             return state.learner, state.counters.updates, _blank(jax.eval_shape(learn)[2])
 
-        ready = stored.size * settings.collect.num_envs >= plan.slots_before_learning
-        return jax.lax.cond(ready, learn, skip)
+        return jax.lax.cond(self._can_learn(stored), learn, skip)
 
 
 def make_program(config: Config) -> Program:
@@ -153,7 +214,8 @@ def make_program(config: Config) -> Program:
     """
     env, tasks = make_game(config)
     plan = make_plan(config, env)
-    return Program(config, learner.make_networks(config, env, tasks), plan)
+    schedule = make_schedule(config, plan, len(tasks.order))
+    return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
 
 
 def _train_metrics(played: Metrics, learned: Metrics, updates: Array) -> Metrics:

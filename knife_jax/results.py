@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -118,19 +119,27 @@ def plot_learning_curve(result: RunResult, reports_wins: bool = True) -> Figure:
         color = matplotlib.colormaps["tab10"](task % 10)
         axes.plot(steps[position], estimates[:, 0], color=color)
         axes.fill_between(steps[position], estimates[:, 1], estimates[:, 2], color=color, alpha=0.25, linewidth=0)
+    if reports_wins:
+        axes.set_ylim(-0.03, 1.03)
+    mark_tasks(axes, result)
+    axes.set_xlabel("environment steps (slots, resets included)")
+    axes.set_ylabel(label)
+    cure = "" if result.config.plasticity.name == "none" else f" with {result.config.plasticity.name}"
+    title = f"{result.config.learner.mixer}{cure}, {len(curves)} seeds: mean and 95 % interval"
+    axes.set_title(title, pad=20, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def mark_tasks(axes: Axes, result: RunResult) -> None:
+    """Names the tasks above a plot over environment steps, and draws the boundaries between them."""
+    steps = result.metrics["env_steps"].reshape(len(result.task_order), -1)
+    for position, task in enumerate(result.task_order):
         middle = (steps[position, 0] + steps[position, -1]) / 2
         axes.annotate(result.task_names[task], (middle, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
         if position:
             axes.axvline(steps[position, 0], color="0.4", linestyle=":", linewidth=1)
-    if reports_wins:
-        axes.set_ylim(-0.03, 1.03)
     axes.set_xlim(steps[0, 0], steps[-1, -1])
-    axes.set_xlabel("environment steps (slots, resets included)")
-    axes.set_ylabel(label)
-    title = f"{result.config.learner.mixer}, {len(curves)} seeds: mean and 95 % interval"
-    axes.set_title(title, pad=20, fontsize=10)
-    axes.grid(alpha=0.3)
-    return figure
 
 
 def save(result: RunResult, directory: str | Path, reports_wins: bool = True) -> Path:
@@ -181,17 +190,17 @@ def _as_json(result: RunResult, reports_wins: bool) -> dict[str, Any]:
     measures = continual.sequence_measures(performance, everywhere, result.task_order)
     content = {
         "tasks": [
-            {"position": row.position + 1, "name": row.name} | {field: _plain(getattr(row, field)) for field in TaskSummary._fields[2:]}
+            {"position": row.position + 1, "name": row.name} | {field: plain(getattr(row, field)) for field in TaskSummary._fields[2:]}
             for row in summary.tasks
         ],
-        "sequence": {name: _plain(mean_estimate(values)) for name, values in measures._asdict().items()},
+        "sequence": {name: plain(mean_estimate(values)) for name, values in measures._asdict().items()},
         "plasticity_loss": summary.plasticity_loss,
         "provenance": result.provenance,
     }
     return content
 
 
-def _plain(estimate: Estimate | None) -> dict[str, float | None] | None:
+def plain(estimate: Estimate | None) -> dict[str, float | None] | None:
     """An estimate for JSON, which knows no NaN."""
     if estimate is None or np.isnan(estimate.value):
         return None

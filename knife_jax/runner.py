@@ -24,7 +24,8 @@ class RunResult(NamedTuple):
         metrics: `{name: [S, ...]}`, see `make_train`; plus `env_steps` `[N]`, slots collected before each evaluation.
         task_names: the distinct tasks.
         task_order: the distinct task met at each position.
-        params: `{"agent": ..., "mixer": ...}`, with the seed axis in front.
+        variables: `{"params": {"agent": ..., "mixer": ...}, "reserve": ...}` of the online networks, with the seed axis in front.
+        report: what the cure did over the whole run, `{"<layer>/<measure>": [S]}`; empty without one.
         provenance: seeds, times, versions, device and code revision.
     """
 
@@ -32,7 +33,8 @@ class RunResult(NamedTuple):
     metrics: dict[str, np.ndarray]
     task_names: tuple[str, ...]
     task_order: tuple[int, ...]
-    params: Any
+    variables: Any
+    report: dict[str, np.ndarray]
     provenance: dict[str, Any]
 
 
@@ -74,7 +76,9 @@ def run(config: Config | Mapping[str, Any] | str, *, seeds: int = 1, first_seed:
         "run_seconds": round(finished - compiled_at, 3),
         **environment_facts(),
     }
-    return RunResult(config, metrics, tasks.names, tasks.order, out["runner_state"].learner.params, provenance)
+    learned = out["runner_state"].learner
+    report = {name: np.asarray(values) for name, values in learned.report.items()}
+    return RunResult(config, metrics, tasks.names, tasks.order, learned.variables, report, provenance)
 
 
 def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
@@ -82,8 +86,9 @@ def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
     env, tasks = make_game(config)
     plan = make_plan(config, env)
     scenario = f"/{config.env.scenario}" if config.env.scenario else ""
+    cure = "" if config.plasticity.name == "none" else f" with {config.plasticity.name}"
     text = (
-        f"{config.learner.mixer} on {config.env.name}{scenario}: {seeds} seeds x {len(tasks.order)} tasks x "
+        f"{config.learner.mixer}{cure} on {config.env.name}{scenario}: {seeds} seeds x {len(tasks.order)} tasks x "
         f"{plan.env_steps_per_task:,} env steps, {plan.evaluations_per_task + 1} evaluations per task"
     )
     return plan, text

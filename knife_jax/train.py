@@ -13,7 +13,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PRNGKeyArray
 
 from knife_jax.config import Config, merge_hyper, resolve
-from knife_jax.learner import Hyper, Metrics
+from knife_jax.learner import Metrics
+from knife_jax.model import Hyper
 from knife_jax.program import Program, RunnerState, make_program
 
 Callback = Callable[[dict[str, np.ndarray]], None]
@@ -38,6 +39,8 @@ def make_train(
 
         * `eval/{return,won,length,optimum_share}` `[N]`: greedy play of the current task;
         * `train/*` `[N]`: means since the last evaluation, NaN before a task's first step and where there was nothing to average;
+        * `plasticity/<layer>/<measure>` `[N]`: the state of the hidden units, see `plasticity.diagnostics.measure`;
+        * `cure/<layer>/<measure>` `[N]`: what the cure did since the start of the run (`treated`, ...);
         * `position`, `task`, `rounds`, `updates` `[N]`: index into the task order, into the distinct tasks, rounds and gradient steps
           so far;
         * `all_tasks/*` `[P, K]`: greedy play of every distinct task at every task's end.

@@ -37,8 +37,7 @@ def stacked_dense(units: int, inputs: int, roles: list[float]) -> dict[str, Any]
 def gru(units: int, inputs: int) -> dict[str, Any]:
     """A GRU's parameters from matrices stacked as reset, update, new over `3 units` rows."""
     return {
-        "input_kernel": weight(3 * units, inputs, 3).reshape(inputs, 3, units),
+        "input": {"kernel": weight(3 * units, inputs, 3).reshape(inputs, 3, units), "bias": bias(3 * units, 5).reshape(3, units)},
         "hidden_kernel": weight(3 * units, units, 4).reshape(units, 3, units),
-        "input_bias": bias(3 * units, 5).reshape(3, units),
         "hidden_bias": bias(3 * units, 6).reshape(3, units),
     }

@@ -42,7 +42,7 @@ def _calibrate(mixer, payoff, updates=20_000):
         "train": {"env_steps_per_task": updates},
     }
     result = runner.run(config, seeds=SEEDS)
-    tables = _joint_table(config, result.params)
+    tables = _joint_table(config, result.variables)
     return result.metrics["eval/return"][:, -1], np.abs(tables - np.asarray(PAYOFFS[payoff])).mean(axis=(1, 2))
 
 

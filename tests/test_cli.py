@@ -13,6 +13,7 @@ SMALL = [
     *("--env.options", "{num_tasks: 2}", "--agent.hidden_size", "8", "--qmix.embed_size", "8", "--qmix.hypernet_size", "8"),
     *("--collect.num_envs", "4", "--replay.capacity_env_steps", "64", "--replay.batch_size", "8"),
     *("--train.env_steps_per_task", "40", "--evaluation.per_task", "2"),
+    "--plasticity.no_diagnostics",
 ]
 
 
@@ -54,7 +55,12 @@ def test_results_are_never_overwritten(finished, capsys):
 
 def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
     """An error in the middle of writing removes what was written, and the directory never appears."""
-    result = runner.run({"preset": "matrix_drift", **yaml.safe_load("{train: {env_steps_per_task: 640}, evaluation: {per_task: 1}}")})
+    result = runner.run(
+        {
+            "preset": "matrix_drift",
+            **yaml.safe_load("{train: {env_steps_per_task: 640}, evaluation: {per_task: 1}, plasticity: {diagnostics: false}}"),
+        }
+    )
     monkeypatch.setattr(results, "plot_learning_curve", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         results.save(result, tmp_path / "out")
@@ -114,7 +120,7 @@ def test_flags_lie_over_the_file_over_the_preset(tmp_path):
     """The last word is the flag's."""
     path = tmp_path / "mine.yaml"
     path.write_text("learner: {mixer: vdn, gamma: 0.5}\n")
-    parsed = cli.parse_train(["--preset", "pymarl_qmix", "--config", str(path), "--learner.gamma", "0.25"])
+    parsed = cli.parse(cli.TrainArguments, ["--preset", "pymarl_qmix", "--config", str(path), "--learner.gamma", "0.25"])
     assert (parsed.fields.learner.mixer, parsed.fields.learner.gamma, parsed.fields.collect.mode) == ("vdn", 0.25, "episode")
 
 
@@ -122,5 +128,5 @@ def test_list_names_games_mixers_and_presets(capsys):
     """What can be asked for is listed."""
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
-    for name in ("matrix", "predator_prey", "smax", "qplex", "pymarl2_qmix"):
+    for name in ("matrix", "predator_prey", "smax", "qplex", "pymarl2_qmix", "continual_backprop"):
         assert name in text

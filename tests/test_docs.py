@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,15 +63,19 @@ def test_docstring_examples_give_what_they_show(name):
     assert results == (0, len(EXAMPLE.findall(SOURCES[name])))
 
 
-def test_the_readme_runs():
-    """All its Python blocks, in order, in one namespace; a traceback names the README's own line."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = list(PYTHON_BLOCK.finditer(readme))
+@pytest.mark.parametrize("page", ["README.md", "docs/cures.md"])
+def test_the_pages_run(page):
+    """All their Python blocks, in order, in one namespace; a traceback names the page's own line."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = list(PYTHON_BLOCK.finditer(text))
     assert blocks
-    namespace = {"__name__": "readme"}
+    namespace = {"__name__": "page"}
     for block in blocks:
-        lines_before = "\n" * readme.count("\n", 0, block.start(1))
-        exec(compile(lines_before + block[1], "README.md", "exec"), namespace)
+        lines_before = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(lines_before + block[1], page, "exec"), namespace)
+    if page == "docs/cures.md":
+        report: Any = namespace["report"]
+        assert [int(report[f"Dense_{layer}/stagnant"] + report[f"Dense_{layer}/not_stagnant"]) for layer in (0, 1)] == [32, 32]
 
 
 @pytest.mark.parametrize("name", SOURCES)

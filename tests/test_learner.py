@@ -11,6 +11,7 @@ import pytest
 from envs.base import stack_tasks
 from knife_jax import collect, learner, replay
 from knife_jax.config import Config
+from knife_jax.model import make_networks
 from knife_jax.networks.agents import UNAVAILABLE, agent_inputs, initial_hidden
 from knife_jax.networks.mixers import MixerInputs
 from knife_jax.replay import Continuation
@@ -75,7 +76,7 @@ def _probe(mode, td_lambda, **replay_fields):
     game = ProbeGame()
     rewards = jnp.array([1.0, 2.0, 3.0])
     tasks = stack_tasks([ProbeParams(jnp.array(True), rewards), ProbeParams(jnp.array(False), rewards)], ["ends", "stops"])
-    return config, learner.make_networks(config, game, tasks)
+    return config, make_networks(config, game, tasks)
 
 
 def _known_values(state):
@@ -106,7 +107,7 @@ def _collect(config, networks, task, length, rollouts):
         if config.collect.mode != "continuous":
             collector = collector._replace(actors=fresh(jax.random.key(index)))
         key = jax.random.fold_in(jax.random.key(2), index)
-        collector, rollout, _ = collect.explore(key, state.params, networks, collector, task, length, config.hyper)
+        collector, rollout, _ = collect.explore(key, state.variables, networks, collector, task, length, config.hyper)
         if config.collect.mode == "rollout":
             rollout = collect.cut_rollout(rollout)
         if stored is None:
@@ -133,7 +134,7 @@ def _targets(config, networks, state, batch):
 def _team_values(params, networks, batch, **masks):
     def values(params, batch):
         observation = learner.observe(networks, batch.slots.record, batch.slots.task)._replace(**masks)
-        return learner.team_values(params, params, networks, batch, observation)
+        return learner.team_values({"params": params}, {"params": params}, networks, batch, observation)
 
     return jax.jit(values)(params, batch)
 
@@ -207,7 +208,7 @@ def test_masked_slots_have_no_part_in_the_loss():
     batch = _sample(stored, 16, 7)
     spoiled = jnp.where(batch.slots.continuation == CUT, 1e6, batch.slots.reward)
     loss = jax.jit(
-        lambda batch: jax.value_and_grad(learner.loss_fn, has_aux=True)(state.params, state.params, networks, batch, config.hyper)
+        lambda batch: jax.value_and_grad(learner.loss_fn, has_aux=True)(state.variables, state.variables, networks, batch, config.hyper)
     )
     (clean, metrics), grads = loss(batch)
     (same, _), same_grads = loss(batch._replace(slots=batch.slots._replace(reward=spoiled)))
@@ -222,11 +223,11 @@ def test_independent_learners_are_trained_apart():
     """Without a mixer each agent has its own error, and the mean is over agents too."""
     config, networks = _probe("continuous", 0.0)
     config = Config.from_dict({"learner": {"mixer": "none"}}, config)
-    networks = learner.make_networks(config, networks.env, networks.tasks)
+    networks = make_networks(config, networks.env, networks.tasks)
     stored, state = _collected(config, networks, 0, 5, 3)
     batch = _sample(stored, 16, 7)
     assert _team_values(state.params, networks, batch).online.shape == (7, 16, 2)
-    loss, metrics = jax.jit(lambda params: learner.loss_fn(params, params, networks, batch, config.hyper))(state.params)
+    loss, metrics = jax.jit(lambda variables: learner.loss_fn(variables, variables, networks, batch, config.hyper))(state.variables)
     np.testing.assert_allclose(loss, metrics["td_error"] ** 2, rtol=1e-5)
 
 
@@ -360,7 +361,7 @@ def test_the_loss_is_its_definition(mixer, double_q):
     )
     rewards = jnp.array([1.0, 2.0, 3.0])
     tasks = stack_tasks([ProbeParams(jnp.array(True), rewards), ProbeParams(jnp.array(False), rewards)], ["ends", "stops"])
-    networks = learner.make_networks(config, _MaskedProbe(), tasks)
+    networks = make_networks(config, _MaskedProbe(), tasks)
     trees = []
     for seed in (0, 1):
         drawn = learner.init(jax.random.key(seed), networks, config.hyper).params
@@ -369,7 +370,8 @@ def test_the_loss_is_its_definition(mixer, double_q):
     for task in (0, 1):
         stored, _ = _collected(config, networks, task, 5, 3)
         batch = _sample(stored, 6, 7)
-        loss, metrics = jax.jit(lambda p, t, b: learner.loss_fn(p, t, networks, b, config.hyper))(trees[0], trees[1], batch)
+        online, target = ({"params": tree} for tree in trees)
+        loss, metrics = jax.jit(lambda v, t, b: learner.loss_fn(v, t, networks, b, config.hyper))(online, target, batch)
         expected_loss, expected_target = _reference_loss(config, networks, trees[0], trees[1], batch)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["target"], expected_target, rtol=1e-4, atol=1e-5)

@@ -287,7 +287,7 @@ def test_gru_gates_are_drawn_one_by_one(name):
     for gate in range(3):
         recurrent = np.asarray(params["hidden_kernel"])[:, gate]
         np.testing.assert_allclose(recurrent.T @ recurrent, np.eye(16), atol=1e-5)
-        np.testing.assert_allclose(np.asarray(params["input_kernel"])[:, gate].std(), 64**-0.5, rtol=0.1)
+        np.testing.assert_allclose(np.asarray(params["input"]["kernel"])[:, gate].std(), 64**-0.5, rtol=0.1)
 
 
 def test_qplex_leaves_out_agents_that_do_not_exist():

@@ -18,6 +18,7 @@ MATRIX = {
     "replay": {"capacity_env_steps": 64, "batch_size": 8, "sequence_length": 1},
     "train": {"env_steps_per_task": 160},
     "evaluation": {"episodes": 1, "per_task": 2},
+    "plasticity": {"diagnostics": False},
 }
 TWO_STEP = {
     **MATRIX,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from envs.base import Observation
 from knife_jax.config import AgentConfig
-from knife_jax.networks.neurons import GRU, Dense, Initializer
+from knife_jax.networks.neurons import GRU, Dense, Initializer, NeuronLayer, dense_layer, widened
 
 UNAVAILABLE = -1e7
 """The value of an action that may not be taken: finite, so that a masked row times zero is zero and not NaN."""
@@ -21,6 +21,8 @@ class AgentNetwork(nn.Module):
 
     num_actions: int
     config: AgentConfig = AgentConfig()
+    widen: float = 1.0
+    """Times as many units in the Dense hidden layers."""
 
     @nn.compact
     def __call__(
@@ -38,13 +40,32 @@ class AgentNetwork(nn.Module):
         """
         settings = self.config
         initializer = Initializer(settings.initializer, settings.init_scale)
-        features = nn.relu(Dense(settings.hidden_size, initializer, name="hidden_1")(inputs))
+        width = widened(settings.hidden_size, self.widen)
+        features = nn.relu(Dense(width, initializer, name="hidden_1")(inputs))
         if settings.recurrent:
             per_agent = jnp.broadcast_to(starts[..., None], inputs.shape[:-1])
             features, hidden = GRU(settings.hidden_size, initializer, name="gru")(features, per_agent, hidden)
         else:
-            features = nn.relu(Dense(settings.hidden_size, initializer, name="hidden_2")(features))
+            features = nn.relu(Dense(width, initializer, name="hidden_2")(features))
         return Dense(self.num_actions, initializer, name="output")(features), hidden
+
+
+def neuron_layers(config: AgentConfig, widen: float = 1.0) -> tuple[NeuronLayer, ...]:
+    """The network's hidden units, in the order of the dataflow; its parameters are expected under `agent`."""
+    size = widened(config.hidden_size, widen)
+    if not config.recurrent:
+        return dense_layer("agent", "hidden_1", "hidden_2", size), dense_layer("agent", "hidden_2", "output", size)
+    recurrent = ("agent", "gru", "hidden_kernel")
+    units = NeuronLayer(
+        "agent/gru",
+        config.hidden_size,
+        incoming=(("agent", "gru", "input", "kernel"), recurrent),
+        biases=(("agent", "gru", "input", "bias"), ("agent", "gru", "hidden_bias")),
+        outgoing=(recurrent, ("agent", "output", "kernel")),
+        outgoing_biases=(("agent", "gru", "hidden_bias"), ("agent", "output", "bias")),
+        kind="gru",
+    )
+    return dense_layer("agent", "hidden_1", "gru/input", size), units
 
 
 def initial_hidden(config: AgentConfig, batch: tuple[int, ...]) -> Float[Array, "*N H"]:

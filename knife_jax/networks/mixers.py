@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from knife_jax.config import Config, QmixConfig, QplexConfig
-from knife_jax.networks.neurons import Dense, Initializer
+from knife_jax.networks.neurons import Dense, Initializer, NeuronLayer, dense_layer, widened
 
 _TINY = 1e-10
 
@@ -66,6 +66,8 @@ class QMIX(nn.Module):
 
     config: QmixConfig = QmixConfig()
     initializer: Initializer = Initializer()
+    widen: float = 1.0
+    """Times as many hidden units in the hypernetworks."""
 
     @nn.compact
     def __call__(self, inputs: MixerInputs) -> Float[Array, "*N 1"]:
@@ -76,13 +78,14 @@ class QMIX(nn.Module):
         b1 = Dense(embed, self.initializer, name="b1_output")(state)
         hidden = nn.elu(jnp.einsum("...a,...ae->...e", q, w1) + b1)
         w2 = jnp.abs(self._hypernet("w2", embed, state))
-        value_hidden = nn.relu(Dense(embed, self.initializer, name="v_hidden")(state))
+        value_hidden = nn.relu(Dense(widened(embed, self.widen), self.initializer, name="v_hidden")(state))
         value = Dense(1, self.initializer, name="v_output")(value_hidden)
         return (hidden * w2).sum(axis=-1, keepdims=True) + value
 
     def _hypernet(self, name: str, size: int, state: Array) -> Array:
         if self.config.hypernet_layers == 2:
-            state = nn.relu(Dense(self.config.hypernet_size, self.initializer, name=f"{name}_hidden")(state))
+            size_hidden = widened(self.config.hypernet_size, self.widen)
+            state = nn.relu(Dense(size_hidden, self.initializer, name=f"{name}_hidden")(state))
         return Dense(size, self.initializer, name=f"{name}_output")(state)
 
 
@@ -99,6 +102,8 @@ class QPLEX(nn.Module):
 
     config: QplexConfig = QplexConfig()
     initializer: Initializer = Initializer()
+    widen: float = 1.0
+    """Times as many hidden units in every network of the state."""
 
     @nn.compact
     def __call__(self, inputs: MixerInputs) -> Float[Array, "*N 1"]:
@@ -131,25 +136,56 @@ class QPLEX(nn.Module):
         return (key * agents * action).sum(axis=-2)
 
     def _two_layers(self, name: str, size: int, state: Array) -> Array:
-        hidden = nn.relu(Dense(self.config.hypernet_size, self.initializer, name=f"{name}_hidden")(state))
+        width = widened(self.config.hypernet_size, self.widen)
+        hidden = nn.relu(Dense(width, self.initializer, name=f"{name}_hidden")(state))
         return Dense(size, self.initializer, name=f"{name}_output")(hidden)
 
     def _kernels(self, name: str, size: int, features: Array) -> Array:
         """One network per kernel, stacked; `[*N, I]` to `[*N, K, size]`."""
         stack = self.config.num_kernels
         for layer in range(1, self.config.adv_layers):
-            hidden = Dense(self.config.adv_size, self.initializer, stack, layer > 1, name=f"{name}_hidden_{layer}")
+            hidden = Dense(widened(self.config.adv_size, self.widen), self.initializer, stack, layer > 1, name=f"{name}_hidden_{layer}")
             features = nn.relu(hidden(features))
         return Dense(size, self.initializer, stack, self.config.adv_layers > 1, name=f"{name}_output")(features)
 
 
-def make_mixer(config: Config) -> nn.Module:
-    """The mixer that `learner.mixer` names."""
+def make_mixer(config: Config, widen: float = 1.0) -> nn.Module:
+    """The mixer that `learner.mixer` names, with so many times as many hidden units."""
     initializer = Initializer(config.learner.mixer_initializer, config.learner.mixer_init_scale)
     mixers = {
         "none": Independent(),
         "vdn": VDN(),
-        "qmix": QMIX(config.qmix, initializer),
-        "qplex": QPLEX(config.qplex, initializer),
+        "qmix": QMIX(config.qmix, initializer, widen),
+        "qplex": QPLEX(config.qplex, initializer, widen),
     }
     return mixers[config.learner.mixer]
+
+
+def neuron_layers(config: Config, widen: float = 1.0) -> tuple[NeuronLayer, ...]:
+    """The hidden units of the hypernetworks, in the order of the dataflow; parameters are expected under `mixer`."""
+    if config.learner.mixer == "qmix":
+        sizes = {"w1": config.qmix.hypernet_size, "w2": config.qmix.hypernet_size} if config.qmix.hypernet_layers == 2 else {}
+        sizes["v"] = config.qmix.embed_size
+    elif config.learner.mixer == "qplex":
+        sizes = {"w": config.qplex.hypernet_size, "v": config.qplex.hypernet_size} if config.qplex.weighted_head else {}
+    else:
+        return ()
+    heads = [dense_layer("mixer", f"{name}_hidden", f"{name}_output", widened(size, widen)) for name, size in sizes.items()]
+    return (*heads, *_kernel_layers(config.qplex, widen)) if config.learner.mixer == "qplex" else tuple(heads)
+
+
+REFUSED = {
+    "mixer/mixing": "the units of the monotone mixing layer cannot be treated: a compensation neuron enters with a minus sign and would "
+    "break dQ_tot/dq >= 0, and their weights are made from the state, not learned",
+}
+"""Names that are no neuron layers, and why."""
+
+
+def _kernel_layers(config: QplexConfig, widen: float) -> list[NeuronLayer]:
+    """Hidden layers of the lambda-net's three networks, K side by side."""
+    layers, size = [], widened(config.adv_size, widen)
+    for name in ("key", "agents", "action"):
+        for layer in range(1, config.adv_layers):
+            reader = f"{name}_hidden_{layer + 1}" if layer + 1 < config.adv_layers else f"{name}_output"
+            layers.append(dense_layer("mixer", f"{name}_hidden_{layer}", reader, size, (config.num_kernels,)))
+    return layers

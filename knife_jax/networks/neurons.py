@@ -4,6 +4,7 @@ Kernels are `[inputs, units]`, a GRU's `[inputs, 3, units]` (gates r, z, n), sta
 index of the last axis of what enters it, and of the second last input axis of what it feeds.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,68 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+Path = tuple[str, ...]
+
+
+class NeuronLayer(NamedTuple):
+    """A layer of hidden units and where its numbers live.
+
+    Attributes:
+        name: network and layer, such as `agent/hidden_1`.
+        size: H, how many units (of each member of a stack).
+        incoming: kernels that the units read through, `[*K, I, ..., H]`: units on the last axis.
+        biases: their biases, `[*K, ..., H]`.
+        outgoing: kernels that read the units, `[*K, H, ...]`: units on the first axis after the stack's. One leaf may be both (a recurrent
+            kernel).
+        outgoing_biases: the biases of what each outgoing kernel feeds, or None.
+        stack: sizes of the leading axes.
+        activation: what turns pre-activations into activations.
+        kind: `dense`; `gru` for recurrent units; `mixing` for units of a monotone mixing layer.
+        normalised: whether a normalisation stands between kernel and activation.
+        leaks: whether the units are also read by something other than the outgoing kernels (a residual path, ...).
+    """
+
+    name: str
+    size: int
+    incoming: tuple[Path, ...]
+    biases: tuple[Path, ...]
+    outgoing: tuple[Path, ...]
+    outgoing_biases: tuple[Path | None, ...] = ()
+    stack: tuple[int, ...] = ()
+    activation: Callable[[Array], Array] = nn.relu
+    kind: str = "dense"
+    normalised: bool = False
+    leaks: bool = False
+
+    @property
+    def network(self) -> str:
+        """The first part of the name."""
+        return self.name.split("/")[0]
+
+    @property
+    def module(self) -> Path:
+        """The module that owns the first incoming kernel."""
+        return self.incoming[0][:-1]
+
+
+def dense_layer(network: str, module: str, reader: str, size: int, stack: tuple[int, ...] = ()) -> NeuronLayer:
+    """A ReLU layer that one module makes and one reads, both given as paths within the network."""
+    made, read = (network, *module.split("/")), (network, *reader.split("/"))
+    return NeuronLayer(
+        f"{network}/{module}",
+        size,
+        incoming=((*made, "kernel"),),
+        biases=((*made, "bias"),),
+        outgoing=((*read, "kernel"),),
+        outgoing_biases=((*read, "bias"),),
+        stack=stack,
+    )
+
+
+def widened(size: int, factor: float) -> int:
+    """So many times as many units, rounded up."""
+    return math.ceil(size * factor - 1e-9)
 
 
 class Initializer(NamedTuple):
@@ -88,6 +151,21 @@ class Dense(nn.Module):
         return lambda key, shape, fan_in: jax.vmap(lambda k: draw(k, shape, fan_in))(jax.random.split(key, stack))
 
 
+class GateProjection(nn.Module):
+    """A GRU's projection of its input for all three gates at once, `[..., I]` to `[..., 3 H]`; its kernel is `[I, 3, H]`."""
+
+    units: int
+    initializer: Initializer = Initializer()
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "... I"]) -> Float[Array, "... G"]:
+        """Applies the layer."""
+        size, units = inputs.shape[-1], self.units
+        kernel = self.param("kernel", self.initializer.gates, (size, 3, units), units, False)
+        bias = self.param("bias", self.initializer.bias, (3, units), units)
+        return _affine(inputs, kernel.reshape(size, -1), bias.reshape(-1))
+
+
 class GRU(nn.Module):
     """A gated recurrent layer with PyTorch's equations, scanned over time.
 
@@ -112,14 +190,11 @@ class GRU(nn.Module):
         Returns:
             The hidden states after every step, and the last one.
         """
-        size = inputs.shape[-1]
         draw, units = self.initializer, self.units
-        input_kernel = self.param("input_kernel", draw.gates, (size, 3, units), units, False)
-        input_bias = self.param("input_bias", draw.bias, (3, units), units)
+        projected = GateProjection(units, draw, name="input")(inputs)
         hidden_kernel = self.param("hidden_kernel", draw.gates, (units, 3, units), units, True)
         hidden_bias = self.param("hidden_bias", draw.bias, (3, units), units)
         flat_kernel, flat_bias = hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)
-        projected = _affine(inputs, input_kernel.reshape(size, -1), input_bias.reshape(-1))
 
         def one_step(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
             projection, start = step

@@ -1,0 +1,162 @@
+"""Several cures side by side on the same seeds, tasks and budgets.
+
+Shapes: M methods, S seeds, P tasks in the order met.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from knife_jax import continual, results
+from knife_jax.config import Config, parse_yaml
+from knife_jax.results import FEWEST_SEEDS, curves_of
+from knife_jax.runner import RunResult
+from knife_jax.statistics import Estimate, mean_estimate
+
+
+class Comparison(NamedTuple):
+    """Final performance of several methods.
+
+    Attributes:
+        measure: `success` or `return`.
+        final: `{method: one estimate per position}`.
+        against: `{method: estimate of the paired difference to the first method, averaged over the tasks after the first}`.
+        sentences: the same in words.
+        seeds: S.
+    """
+
+    measure: str
+    final: dict[str, tuple[Estimate, ...]]
+    against: dict[str, Estimate]
+    sentences: tuple[str, ...]
+    seeds: int
+
+
+def method_configs(base: Config, methods: Sequence[str]) -> dict[str, Config]:
+    """One configuration per method, by label.
+
+    Args:
+        base: what they share.
+        methods: names, or YAML mappings with a name and options, such as `{name: reset, which: all}`.
+
+    Raises:
+        ValueError: for an unknown method or option, or the same label twice.
+    """
+    configs: dict[str, Config] = {}
+    for text in methods:
+        section = parse_yaml(text)
+        if not isinstance(section, Mapping):
+            section = {"name": text}
+        label = str(section.get("name"))
+        if label in configs:
+            label = text
+        if label in configs:
+            raise ValueError(f"--methods: {text} is given twice")
+        configs[label] = Config.from_dict({"plasticity": section}, base)
+    return configs
+
+
+def compare(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Comparison:
+    """Compares runs that share seeds and tasks.
+
+    Args:
+        runs: by method; the first is what the others are compared with.
+        reports_wins: whether the game's `won` means anything; returns are compared if not.
+    """
+    name = "eval/won" if reports_wins else "eval/return"
+    final = {method: continual.final_performance(curves_of(run, name)) for method, run in runs.items()}
+    reference, *others = final
+    later = {method: values[:, min(1, values.shape[1] - 1) :].mean(axis=1) for method, values in final.items()}
+    against = {method: mean_estimate(later[method] - later[reference]) for method in others}
+    seeds = len(final[reference])
+    sentences = tuple(_sentence(method, reference, difference, seeds) for method, difference in against.items())
+    estimates = {method: tuple(mean_estimate(column) for column in values.T) for method, values in final.items()}
+    return Comparison("success" if reports_wins else "return", estimates, against, sentences, seeds)
+
+
+def _sentence(method: str, reference: str, difference: Estimate, seeds: int) -> str:
+    if seeds < FEWEST_SEEDS:
+        judgement = f"undecided: fewer than {FEWEST_SEEDS} seeds"
+    elif difference.low > 0:
+        judgement = "better"
+    elif difference.high < 0:
+        judgement = "worse"
+    else:
+        judgement = "undecided: the interval holds 0"
+    return f"{method} against {reference}, mean over the later tasks, paired by seed: {_signed(difference)}; {judgement}"
+
+
+def _signed(difference: Estimate) -> str:
+    if np.isnan(difference.low):
+        return f"{difference.value:+.2f}"
+    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def as_table(comparison: Comparison, task_names: Sequence[str]) -> Table:
+    """The comparison for a terminal.
+
+    Args:
+        comparison: what to show.
+        task_names: the name of the task at every position.
+    """
+    title = f"Final greedy {comparison.measure}: mean over {comparison.seeds} seeds, 95 % intervals"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("task")
+    for method in comparison.final:
+        table.add_column(method, justify="right")
+    for position, task in enumerate(task_names):
+        table.add_row(str(position + 1), task, *(str(estimates[position]) for estimates in comparison.final.values()))
+    return table
+
+
+def plot(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Figure:
+    """Learning curves of all methods: mean over seeds with its interval."""
+    name = "eval/won" if reports_wins else "eval/return"
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, (method, run) in enumerate(runs.items()):
+        color = matplotlib.colormaps["tab10"](index % 10)
+        steps = run.metrics["env_steps"].reshape(len(run.task_order), -1)
+        curves = curves_of(run, name)
+        for position in range(len(run.task_order)):
+            estimates = np.array([mean_estimate(column) for column in curves[:, position].T])
+            axes.plot(steps[position], estimates[:, 0], color=color, label=method if position == 0 else None)
+            axes.fill_between(steps[position], estimates[:, 1], estimates[:, 2], color=color, alpha=0.15, linewidth=0)
+    results.mark_tasks(axes, next(iter(runs.values())))
+    axes.set_xlabel("environment steps (slots, resets included)")
+    axes.set_ylabel("greedy success" if reports_wins else "greedy return")
+    if reports_wins:
+        axes.set_ylim(-0.03, 1.03)
+    seeds = len(next(iter(runs.values())).metrics[name])
+    axes.set_title(f"{next(iter(runs.values())).config.learner.mixer}, {seeds} seeds: mean and 95 % interval", pad=20, fontsize=10)
+    axes.legend(loc="lower left", fontsize=9)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def write(runs: Mapping[str, RunResult], directory: Path, reports_wins: bool = True) -> None:
+    """Writes `comparison.json`, `comparison.png` and a directory per method into a directory that exists."""
+    comparison = compare(runs, reports_wins)
+    for index, (method, run) in enumerate(runs.items()):
+        own = directory / f"{index}-{''.join(letter if letter.isalnum() or letter in '_+' else '-' for letter in method)[:40]}"
+        own.mkdir()
+        results.write(run, own, reports_wins)
+    (directory / "comparison.json").write_text(json.dumps(_as_json(comparison), indent=2) + "\n")
+    plot(runs, reports_wins).savefig(directory / "comparison.png", dpi=120)
+
+
+def _as_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "measure": comparison.measure,
+        "seeds": comparison.seeds,
+        "final": {method: [results.plain(estimate) for estimate in estimates] for method, estimates in comparison.final.items()},
+        "against_first": {method: results.plain(difference) for method, difference in comparison.against.items()},
+        "sentences": list(comparison.sentences),
+    }

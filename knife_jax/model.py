@@ -1,0 +1,146 @@
+"""The networks of a run: agents and mixer, their neurons, and the cure that may extend them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from envs.base import Environment, Observation, Tasks
+from knife_jax.config import Config
+from knife_jax.networks import agents, mixers
+from knife_jax.networks.agents import AgentNetwork, agent_inputs, initial_hidden
+from knife_jax.networks.mixers import MixerInputs, make_mixer
+from knife_jax.plasticity import registry
+from knife_jax.plasticity.graph import Graph, make_graph
+from knife_jax.plasticity.lift import lift
+from knife_jax.plasticity.method import Method, Variables
+
+Params = Any
+Hyper = dict[str, dict[str, Any]]
+
+
+class Networks(NamedTuple):
+    """The modules and static facts that losses and policies close over.
+
+    Attributes:
+        agent: the agents' network.
+        mixer: the mixer.
+        env: the game.
+        tasks: its tasks.
+        config: the configuration.
+        graph: the hidden units of both networks.
+        interventions: how many of them the run plans; None if nobody said.
+    """
+
+    agent: AgentNetwork
+    mixer: nn.Module
+    env: Environment
+    tasks: Tasks
+    config: Config
+    graph: Graph
+    interventions: int | None = None
+
+    def apply_agent(self, variables: Variables, *args: Any) -> Any:
+        """The agents' network under `{"params": ..., "reserve": ...}`."""
+        return self._lifted("agent", self.agent)(_of("agent", variables), *args)
+
+    def apply_mixer(self, variables: Variables, inputs: MixerInputs) -> Array:
+        """The mixer under the same."""
+        return jnp.asarray(self._lifted("mixer", self.mixer)(_of("mixer", variables), inputs))
+
+    def cure(self, hyper: Hyper) -> Method:
+        """The cure that the configuration names, with numbers from `hyper`."""
+        settings = self.config.plasticity
+        return registry.make(settings.name, self.graph, settings.options, hyper.get("plasticity"), self.interventions)
+
+    def _lifted(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        return lift(self.graph, self.cure(self.config.hyper).lift(module.apply, (name,)), (name,))
+
+
+def _of(name: str, variables: Variables) -> Variables:
+    """What one of the two networks sees of the variables."""
+    own = {**variables, "params": variables["params"][name]}
+    if "tap_mask" in variables:
+        own["tap_mask"] = variables["tap_mask"][name]
+    return own
+
+
+def make_networks(config: Config, env: Environment, tasks: Tasks, interventions: int | None = None) -> Networks:
+    """Builds the modules that a configuration names, and checks that its cure fits them.
+
+    Raises:
+        ValueError: if the cure cannot be made for these networks, with the field's path.
+    """
+    widen = _width_factor(config)
+    agent, mixer = AgentNetwork(env.num_actions, config.agent, widen), make_mixer(config, widen)
+    layers = agents.neuron_layers(config.agent, widen) + mixers.neuron_layers(config, widen)
+    modules = Networks(agent, mixer, env, tasks, config, Graph((), lambda key: {}, {}), interventions)
+    graph = make_graph(layers, partial(draw_params, networks=modules), mixers.REFUSED)
+    networks = modules._replace(graph=graph)
+    try:
+        networks.cure(config.hyper)
+    except ValueError as error:
+        raise ValueError(f"plasticity.options: {error}") from error
+    return networks
+
+
+def _width_factor(config: Config) -> float:
+    """How many times wider the hidden layers are; see `registry.wide_none`."""
+    settings = config.plasticity
+    for name, options in registry.parts_of(settings.name, settings.options):
+        if name == "wide_none":
+            reserve = options.get("reserve", 1.0)
+            if reserve < 0:
+                raise ValueError(f"plasticity.options: reserve: at least 0, got {reserve}")
+            return 1.0 + 2.0 * reserve
+    return 1.0
+
+
+def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
+    """Fresh `{"agent": ..., "mixer": ...}` parameters."""
+    key_agent, key_mixer = jax.random.split(key)
+    observation = _zero_observation(networks)
+    num_agents = networks.env.num_agents
+    task = task_code(networks, jnp.zeros((1, 1), jnp.int32))
+    starts = jnp.ones((1, 1), bool)
+    inputs = agent_inputs(networks.config.agent, observation, jnp.zeros((1, 1, num_agents), jnp.int32), starts, task)
+    agent = networks.agent.init(key_agent, inputs, starts, initial_hidden(networks.config.agent, (1, num_agents)))
+    values = jnp.zeros((1, 1, num_agents))
+    actions = jnp.zeros((1, 1, num_agents, networks.env.num_actions))
+    mixer = networks.mixer.init(key_mixer, MixerInputs(values, values, actions, mixer_state(observation, task)))
+    return {"agent": agent["params"], "mixer": mixer.get("params", {})}
+
+
+def observe(networks: Networks, record: Any, task: Int[Array, "*N"]) -> Observation:
+    """Renders recorded states under the parameters of their tasks, over any batch axes."""
+    render = networks.env.observe
+    for _ in range(task.ndim):
+        render = jax.vmap(render)
+    return render(record, networks.tasks.at(task))
+
+
+def task_code(networks: Networks, task: Int[Array, "*N"]) -> Float[Array, "*N K"] | None:
+    """The one-hot of the task, if agents and mixer are to see it."""
+    if not networks.config.switch.observe_task:
+        return None
+    return jax.nn.one_hot(task, len(networks.tasks.names))
+
+
+def mixer_state(observation: Observation, task: Array | None) -> Array:
+    """What the mixer is given of the game: the global state, and the task's one-hot if there is one."""
+    return observation.state if task is None else jnp.concatenate([observation.state, task], axis=-1)
+
+
+def _zero_observation(networks: Networks) -> Observation:
+    """An observation `[1, 1, ...]` of zeros."""
+    env = networks.env
+    return Observation(
+        jnp.zeros((1, 1, env.num_agents, env.observation_size)),
+        jnp.zeros((1, 1, env.state_size)),
+        jnp.ones((1, 1, env.num_agents, env.num_actions), bool),
+        jnp.ones((1, 1, env.num_agents), bool),
+    )

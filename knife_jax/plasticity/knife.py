@@ -1,0 +1,423 @@
+"""KNIFE: each stagnant unit becomes frozen knowledge, a fresh active unit and its compensation, and the function stays what it was.
+
+The neighbours of KNIFE are here too: its null controls, and plasticity injection, which is the same operator on whole layers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from knife_jax.plasticity import reserve as frozen
+from knife_jax.plasticity import scores
+from knife_jax.plasticity import taps as tapping
+from knife_jax.plasticity.checks import check_choice, check_number
+from knife_jax.plasticity.composite import (
+    WHOLE,
+    Parts,
+    Placement,
+    Side,
+    gather,
+    inject,
+    lowest,
+    over_stack,
+    place_units,
+    release,
+    scatter,
+    unmoved,
+)
+from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, flat, incoming_view, nested, outgoing_view
+from knife_jax.plasticity.lift import lift
+from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method
+from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
+
+MOST_PAIRS = 3.0
+"""The largest reserve that `auto` takes, in pairs per live unit."""
+
+
+class KnifeState(NamedTuple):
+    """What KNIFE remembers between gradients.
+
+    Attributes:
+        window: update activity since the last intervention.
+        seen: sums of |h| over the window, by tap.
+        error: summed root mean square of dL/dQ_tot over the window.
+    """
+
+    window: scores.Window
+    seen: dict[str, dict[str, Array]]
+    error: Array
+
+
+class Settings(NamedTuple):
+    """The options of `knife`, see there."""
+
+    threshold: Any = 0.25
+    composite: str = "separate"
+    max_fraction: float = 0.25
+    reference: scores.Reference = "layer"
+    window_decay: float | None = None
+    optimizer_state: Treatment = "fresh"
+    when_full: str = "skip"
+    dead_units: bool = True
+    repeat: bool = True
+    parts: Parts = WHOLE
+    choose: str = "stagnant"
+
+
+def knife(
+    graph: Graph,
+    threshold: Swept = 0.25,
+    reserve: float | Literal["auto"] = "auto",
+    *,
+    layers: str | Sequence[str] = "all",
+    composite: Literal["separate", "shared"] = "separate",
+    max_fraction: float = 0.25,
+    reference: scores.Reference = "layer",
+    window_decay: float | None = None,
+    optimizer_state: Treatment = "fresh",
+    when_full: Literal["skip", "recycle"] | None = None,
+    dead_units: bool = True,
+    repeat: bool = True,
+    into_frozen: Literal["none", "drawn"] = "none",
+    interventions: int | None = None,
+    _change: tuple[str, dict[str, Any]] = ("knife", {}),
+) -> Method:
+    """Makes KNIFE for a graph.
+
+    At an intervention every stagnant unit of a layer takes a slot of the reserve and is rewritten: the knowledge neuron K gets its
+    incoming and outgoing weights and is frozen; the unit becomes the active neuron A with fresh weights; the compensation neuron C, a
+    frozen copy of A, enters with a minus sign. In float32 the network's function changes by no more than the rounding of a reordered sum.
+    The target network is rewritten with the same A and C and its own K.
+
+    In a `chain`, `reset` re-draws live weights only: the reserve's K and C stay. Weight decay and other penalties act on live weights only.
+
+    Args:
+        graph: the layers of a model.
+        threshold: a unit is stagnant if its relative update activity is below it.
+        reserve: slots per live unit of each layer (rounded up); `auto` takes `interventions * max_fraction`, at most 3.
+        layers: which ones, see `Graph.select`; `all` leaves out layers that composites cannot be put on.
+        composite: `separate` gives K, A and C outgoing weights of their own; `shared` lets them share the unit's, which stay trainable.
+        max_fraction: of a layer's units, at most so many per intervention (at least one), the least active first.
+        reference: what activity is relative to, see `scores.relative_activity`; `error` needs `taps["error"]`.
+        window_decay: decay of an exponential average of activity; None for the mean since the last intervention.
+        optimizer_state: what becomes of rewritten entries, see `optimizer.Treatment`.
+        when_full: `skip` leaves units alone that find no slot (counted as `reserve_full`); `recycle` empties the slots that contribute
+            least (the function then changes; the report's `recycle_error` bounds by how much the mean input of the next layers did).
+        dead_units: units with h = 0 on the whole window get fresh incoming and zero outgoing weights and no slot. Exact on what the window
+            saw, not elsewhere; only where the target network, if there is one, equals the online one just then (else they take slots).
+        repeat: whether units already rewritten are eligible again.
+        into_frozen: whether A also feeds the frozen units of the next layer, by fixed drawn weights, or they keep exactly what they read.
+        interventions: how many are planned; with it, a reserve that must run out is refused unless `when_full` says what then.
+
+    Raises:
+        ValueError: for layers that cannot carry composites, a reserve that is not positive or must run out, or a fraction outside (0, 1].
+
+    References:
+        Stagnant Neuron (arXiv 2606.25335). What it leaves open was decided here; every choice is an option.
+    """
+    chosen = composable(graph, layers)
+    _check_options(threshold, composite, max_fraction, reference, window_decay, optimizer_state, when_full, into_frozen)
+    pairs = reserve_size(chosen, reserve, max_fraction, interventions, when_full)
+    parts = Parts(into_frozen=into_frozen == "drawn")
+    options = (composite, max_fraction, reference, window_decay, optimizer_state, when_full or "skip", dead_units, repeat, parts)
+    name, changes = _change
+    return composite_method(name, chosen, Settings(threshold, *options)._replace(**changes), pairs)
+
+
+def _check_options(
+    threshold: Any,
+    composite: str,
+    max_fraction: float,
+    reference: str,
+    window_decay: float | None,
+    optimizer_state: str,
+    when_full: str | None,
+    into_frozen: str,
+) -> None:
+    """Refuses what `knife` cannot take."""
+    if not 0 < max_fraction <= 1:
+        raise ValueError(f"max_fraction: a share of a layer's units in (0, 1], got {max_fraction}")
+    if window_decay is not None and not 0 <= window_decay < 1:
+        raise ValueError(f"window_decay: at least 0 and below 1, got {window_decay}")
+    check_number("threshold", threshold, at_least=0.0)
+    check_choice("composite", composite, ("separate", "shared"))
+    check_choice("reference", reference, get_args(scores.Reference))
+    check_choice("optimizer_state", optimizer_state, get_args(Treatment))
+    check_choice("when_full", when_full or "skip", ("skip", "recycle"))
+    check_choice("into_frozen", into_frozen, ("none", "drawn"))
+
+
+def control(name: str, parts: Parts = WHOLE, choose: str = "stagnant") -> Callable[..., Method]:
+    """A null control: KNIFE but for one thing, with KNIFE's own options.
+
+    Args:
+        name: its name.
+        parts: which parts of the composite are made.
+        choose: `stagnant` units, or as many `random` ones.
+    """
+
+    @wraps(knife)
+    def make(graph: Graph, *args: Any, **options: Any) -> Method:
+        if options.get("composite", "separate") != "separate" and parts != WHOLE:
+            raise ValueError(f"composite: {name} leaves out a part of separate outgoing weights; there is none where they are shared")
+        return knife(graph, *args, **options, _change=(name, {"parts": parts, "choose": choose}))
+
+    make.__doc__ = f"The null control `{name}`; options as in `knife`."
+    return make
+
+
+random_neurons = control("random_neurons", choose="random")
+knife_without_knowledge = control("knife_without_knowledge", Parts(knowledge=False))
+knife_without_active = control("knife_without_active", Parts(active=False, compensation=False))
+knife_without_compensation = control("knife_without_compensation", Parts(compensation=False))
+freeze_and_zero = control("freeze_and_zero", Parts(compensation=False, outgoing=False))
+
+
+def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) -> Method:
+    """A method around the composite operator."""
+    slots = {layer.name: max(1, math.ceil(pairs * layer.size - 1e-9)) for layer in graph.layers}
+    return method(
+        name,
+        has_reserve=True,
+        allocate=partial(_allocate, graph, slots, settings),
+        lift=partial(lift, graph),
+        wrap_optimizer=aged if settings.optimizer_state == "fresh" else lambda tx: tx,
+        taps=lambda state: jax.tree.map(jnp.zeros_like, state.seen),
+        init=partial(_init, graph, slots, settings),
+        observe=partial(_observe, graph, settings),
+        apply=partial(_apply, graph, settings),
+    )
+
+
+def composable(graph: Graph, layers: str | Sequence[str] = "all") -> Graph:
+    """The layers that composites can be put on.
+
+    Raises:
+        ValueError: if a layer is asked for by name that cannot carry them, or none can.
+    """
+    chosen = graph.select(layers)
+    wanted = (layers,) if isinstance(layers, str) else tuple(layers)
+    for layer in chosen.layers:
+        reason = _refusal(layer)
+        if reason and layer.name in wanted:
+            raise ValueError(f"layers: no composites on {layer.name}: {reason}")
+    kept = chosen.only(lambda layer: _refusal(layer) is None)
+    if not kept.layers:
+        raise ValueError(f"layers: none of {', '.join(wanted)} can carry composites")
+    return kept
+
+
+def _refusal(layer: NeuronLayer) -> str | None:
+    if layer.kind == "mixing":
+        return "a compensation neuron enters with a minus sign and would break the monotone mixing layer's dQ_tot/dq >= 0"
+    if layer.kind == "gru":
+        return "recurrent units carry state that an intervention would have to split among K, A and C, which is not supported"
+    if layer.normalised:
+        return "a normalisation over the layer's units would see the composite's parts"
+    if layer.leaks:
+        return "its units are read by more than its outgoing kernels, so that compensation cannot reach every reader"
+    return None
+
+
+def reserve_size(graph: Graph, reserve: float | str, max_fraction: float, interventions: int | None, when_full: str | None) -> float:
+    """Slots per live unit; enough for the layer that needs most, where at least one unit is always treated.
+
+    Raises:
+        ValueError: for a reserve that is not positive or must run out.
+    """
+    share = max(max(1, math.floor(max_fraction * layer.size)) / layer.size for layer in graph.layers)
+    most = None if interventions is None else interventions * share
+    if reserve == "auto":
+        pairs = min(MOST_PAIRS, most) if most else 1.0
+    elif isinstance(reserve, str) or not reserve > 0:
+        raise ValueError(f"reserve: a positive number of pairs per live unit, or 'auto'; got {reserve!r}")
+    else:
+        pairs = float(reserve)
+    if most is not None and most > pairs and when_full is None:
+        raise ValueError(
+            f"reserve: {interventions} interventions of up to {share:g} of a layer need {most:g} pairs per unit, the reserve has "
+            f"{pairs:g} and may run out; enlarge it, intervene less often, or choose when_full='skip' or 'recycle'"
+        )
+    return pairs
+
+
+def _allocate(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> Variables:
+    leaves = flat(variables["params"])
+    return {**variables, "reserve": frozen.allocate(graph, leaves, slots, settings.composite == "shared")}
+
+
+def _init(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> KnifeState:
+    seen: dict[str, dict[str, Array]] = {}
+    if settings.dead_units or settings.when_full == "recycle":
+        seen = tapping.zeros(graph, ("absolute",))
+    if settings.when_full == "recycle":
+        for layer in graph.layers:
+            for part in ("knowledge", "compensation"):
+                zeros = jnp.zeros((*layer.stack, slots[layer.name]))
+                seen[f"{layer.name}/{part}"] = {"absolute": zeros, "count": jnp.zeros((*layer.stack, 1))}
+    return KnifeState(scores.new_window(graph), seen, jnp.zeros(()))
+
+
+def _observe(graph: Graph, settings: Settings, state: KnifeState, variables: Variables, grads: Any, taps: Any) -> KnifeState:
+    window = scores.watch(state.window, graph, flat(grads), flat(variables["params"]), settings.window_decay)
+    seen = tapping.add(state.seen, taps)
+    error = state.error + taps["error"] if settings.reference == "error" else state.error
+    return KnifeState(window, seen, error)
+
+
+def _apply(
+    graph: Graph, settings: Settings, key: PRNGKeyArray, state: KnifeState, trees: Trees, tx: Any = None
+) -> tuple[KnifeState, Trees, Report]:
+    """One intervention: layers from the last to the first, so that frozen units keep exactly what they read."""
+    key_draw, key_choose = jax.random.split(key)
+    relative = scores.relative_activity(state.window, settings.reference, state.error / jnp.maximum(state.window.count, 1.0))
+    activity = scores.activity(state.window)
+    operation = _Operation(graph, settings, trees, drawn_once(graph, key_draw))
+    report: Report = {}
+    for layer, layer_key in zip(graph.layers[::-1], jax.random.split(key_choose, len(graph.layers)), strict=True):
+        candidates = scores.stagnant(relative[layer.name], settings.threshold)
+        if settings.choose == "all":
+            candidates = jnp.ones_like(candidates)
+        said = operation.treat(layer, layer_key, candidates, activity[layer.name], state.seen)
+        report |= {f"{layer.name}/{measure}": value for measure, value in said.items()}
+    window = scores.restart(state.window)
+    cleared = KnifeState(window, jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error))
+    return cleared, operation.finish(tx), report
+
+
+def drawn_once(graph: Graph, key: PRNGKeyArray) -> Any:
+    """Fresh parameters with the same bits wherever they are used.
+
+    XLA computes cheap values again in every fusion that reads them, and may round each copy differently (a multiplication and an addition
+    in one or in two steps), so that A and C would differ. What leaves a loop it must keep; of this loop it cannot know the length.
+    """
+    nothing_yet = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(graph.draw, key))
+    missing = jax.random.uniform(key) < 2.0
+    return jax.lax.while_loop(lambda carry: carry[0], lambda _: (jnp.array(False), graph.draw(key)), (missing, nothing_yet))[1]
+
+
+class _Operation:
+    """The trees while layer after layer is rewritten."""
+
+    def __init__(self, graph: Graph, settings: Settings, trees: Trees, fresh: Any) -> None:
+        self.settings, self.trees, self.fresh = settings, trees, flat(fresh)
+        self.graph, self.modules = graph, frozen.modules(graph)
+        self.sides = [_split(variables) for variables in (trees.variables, trees.target) if variables is not None]
+        self.synced = _equal(trees.variables, trees.target)
+        self.rewritten = {path: jnp.zeros(leaf.shape, bool) for path, leaf in self.sides[0][0].items()}
+
+    def treat(self, layer: NeuronLayer, key: PRNGKeyArray, candidates: Array, activity: Array, seen: Any) -> dict[str, Array]:
+        """Rewrites one layer of the online and of the target network; says what was done."""
+        settings = self.settings
+        online = gather(*self.sides[0], layer, self.modules)
+        dead = jnp.zeros_like(candidates)
+        if settings.dead_units and settings.composite == "separate":
+            dead = (seen[layer.name]["absolute"] == 0) & (seen[layer.name]["count"] > 0) & self.synced
+        cost = _contributions(online, layer, seen) if settings.when_full == "recycle" else None
+        choose = over_stack(partial(_choose, settings, max(1, math.floor(settings.max_fraction * layer.size))), layer)
+        keys = key if not layer.stack else jax.random.split(key, layer.stack)
+        place, freed, said = choose(keys, candidates, activity, online, dead, cost)
+        for index, (leaves, reserve) in enumerate(self.sides):
+            side = gather(leaves, reserve, layer, self.modules)
+            fresh = gather(_as(leaves, self.fresh), reserve, layer, self.modules)
+            if settings.when_full == "recycle":
+                side = over_stack(release, layer)(side, freed)
+            side = over_stack(partial(inject, parts=settings.parts), layer)(side, fresh, place)
+            self.sides[index] = scatter(leaves, reserve, layer, self.modules, side)
+            if index == 0:
+                said["reserve_in_use"] = side.block["used"].sum()
+        self._mark(layer, over_stack(lambda placed: placed.redrawn, layer)(place))
+        return {name: value.sum().astype(jnp.float32) for name, value in said.items()}
+
+    def _mark(self, layer: NeuronLayer, redrawn: Array) -> None:
+        """Notes which live entries were rewritten."""
+        outgoing = () if self.settings.composite == "shared" else layer.outgoing
+        for path in layer.incoming + layer.biases:
+            leaf = self.rewritten[path]
+            self.rewritten[path] = (incoming_view(leaf, layer) | redrawn[..., None, :]).reshape(leaf.shape)
+        for path in outgoing:
+            leaf = self.rewritten[path]
+            self.rewritten[path] = (outgoing_view(leaf, layer) | redrawn[..., None]).reshape(leaf.shape)
+
+    def finish(self, tx: Any) -> Trees:
+        """The trees afterwards, with the optimizer's state treated."""
+        olds = [variables for variables in (self.trees.variables, self.trees.target) if variables is not None]
+        done = [
+            {**old, "params": nested(leaves), "reserve": frozen.prepare(self.graph, reserve)}
+            for old, (leaves, reserve) in zip(olds, self.sides, strict=True)
+        ]
+        params, rewritten = done[0]["params"], nested(self.rewritten)
+        opt_state = rewrite(tx, self.trees.opt_state, params, rewritten, self.settings.optimizer_state)
+        return Trees(done[0], done[1] if len(done) > 1 else None, opt_state)
+
+
+def _equal(first: Variables, second: Variables | None) -> Array | bool:
+    """Whether two networks are the same; true if there is one only."""
+    if second is None:
+        return True
+    both = zip(*(jax.tree.leaves((tree["params"], tree["reserve"])) for tree in (first, second)), strict=True)
+    return jnp.stack([(a == b).all() for a, b in both]).all()
+
+
+def _split(variables: Variables) -> tuple[Flat, frozen.Reserve]:
+    return flat(variables["params"]), variables["reserve"]
+
+
+def _as(like: Flat, leaves: Flat) -> Flat:
+    """Fresh leaves in the parameters' precision."""
+    return {path: leaves[path].astype(leaf.dtype) if path in leaves else leaf for path, leaf in like.items()}
+
+
+def _choose(
+    settings: Settings, most: int, key: PRNGKeyArray, candidates: Array, activity: Array, side: Side, dead: Array, cost: Array | None
+) -> tuple[Placement, Array, dict[str, Array]]:
+    """Which units are treated and where they go; one member of a stack."""
+    block, order = side.block, activity
+    size, slots = candidates.shape[0], block["used"].shape[0]
+    stagnant = candidates
+    if settings.choose == "random":
+        order = jax.random.uniform(key, (size,))
+        candidates, dead = lowest(jnp.ones_like(candidates), order, candidates.sum()), jnp.zeros_like(dead)
+    if not settings.parts.active:
+        dead = jnp.zeros_like(dead)
+    if not settings.repeat or not settings.parts.active:
+        owned = (block["used"][:, None] & (block["owner"][:, None] == jnp.arange(size)[None])).any(axis=0)
+        candidates = candidates & ~owned
+    chosen = lowest(candidates, order, most)
+    reusable = unmoved(side) if settings.parts.compensation else jnp.zeros_like(chosen)
+    dead = dead & ~reusable
+    needed = (chosen & ~dead & ~reusable).sum()
+    used, freed = block["used"], jnp.zeros(slots, bool)
+    if cost is not None:
+        kept = jnp.zeros(slots, bool).at[block["inverse"][:size]].max(chosen & reusable & ~dead, mode="drop")
+        freed = lowest(used & ~kept, cost, jnp.maximum(needed - (~used).sum(), 0))
+    place, skipped = place_units(chosen, order, used & ~freed, reusable, dead)
+    judged = {} if settings.choose == "all" else {"stagnant": stagnant.sum(), "not_stagnant": size - stagnant.sum()}
+    said = judged | {
+        "treated": place.redrawn.sum(),
+        "reused": place.reused.sum(),
+        "dead": place.zeroed.sum(),
+        "reserve_full": skipped.sum(),
+    }
+    if cost is not None:
+        said |= {"recycled": freed.sum(), "recycle_error": jnp.where(freed, cost, 0.0).sum()}
+    return place, freed, said
+
+
+def _contributions(side: Side, layer: NeuronLayer, seen: Any) -> Array:
+    """Of every slot, mean |h| times the norm of the outgoing row, K and C together, `[*K, R]`."""
+    means = [tapping.means(seen[f"{layer.name}/{part}"])["absolute"] for part in ("knowledge", "compensation")]
+    rows = [reader.rows for reader in side.readers if reader.rows is not None]
+    if rows:
+        norms = jnp.sqrt(sum(jnp.square(row).sum(axis=-1) for row in rows))
+    else:
+        norms = jnp.sqrt(sum(jnp.square(reader.kernel).sum(axis=-1) for reader in side.readers))
+        norms = jnp.take_along_axis(norms, side.block["owner"], axis=-1)
+        norms = jnp.concatenate([norms, norms], axis=-1)
+    slots = means[0].shape[-1]
+    return means[0] * norms[..., :slots] + means[1] * norms[..., slots:]

@@ -1,0 +1,147 @@
+"""Flax apply functions that know of reserve and taps, without a change to the user's modules.
+
+Calls of Dense modules are intercepted. A module that makes a layer also computes the layer's frozen units; a module that reads one also
+reads them. Taps measure what passes from a layer to its readers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from knife_jax.networks.neurons import Dense, GateProjection
+from knife_jax.plasticity import reserve as frozen
+from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
+from knife_jax.plasticity.reserve import Effective, Module
+from knife_jax.plasticity.taps import tap
+
+AFFINE = (nn.Dense, Dense, GateProjection)
+"""Modules whose calls can be extended: one kernel, contracted with the last axis of the input."""
+
+Apply = Callable[..., Any]
+
+
+def lift(graph: Graph, apply: Apply, prefix: Path = ()) -> Apply:
+    """Extends an apply function.
+
+    Args:
+        graph: the layers to watch or extend.
+        apply: `(variables, *args, **kwargs)`, as `module.apply`.
+        prefix: the path of the module's parameters within the graph's.
+
+    Returns:
+        The same function, which also understands the collections `reserve` (see `reserve.allocate`), `taps` (see `taps`) and `tap_mask`
+        (which samples count, an array over the leading axes of the activations; all if absent). Without them it is `apply`.
+    """
+
+    def lifted(variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        variables = dict(variables)
+        reserve, taps, mask = (variables.pop(name, None) for name in ("reserve", "taps", "tap_mask"))
+        if not reserve and not taps:
+            return apply(variables, *args, **kwargs)
+        call = _Call(graph, prefix, reserve or {}, taps or {}, mask)
+        variables["params"] = call.extend(variables["params"])
+        with nn.intercept_methods(call.intercept):
+            return apply(variables, *args, **kwargs)
+
+    return lifted
+
+
+class _Call:
+    """What one call of a lifted function remembers between the modules of a forward pass."""
+
+    def __init__(self, graph: Graph, prefix: Path, reserve: frozen.Reserve, taps: dict[str, Any], mask: Array | None) -> None:
+        self.prefix, self.reserve, self.taps, self.mask = prefix, reserve, taps, mask
+        self.modules = {path: module for path, module in frozen.modules(graph).items() if path[: len(prefix)] == prefix}
+        self.weights: dict[Path, Effective] = {}
+        self.made: dict[str, tuple[Array, Array]] = {}
+        self.entered: dict[int, tuple[Array, Array, Array | None]] = {}
+
+    def extend(self, params: Any) -> Any:
+        """Works out the weights of every module with a block in the reserve, and puts the live ones into the parameters."""
+        leaves: Flat = flat(params)
+        for path, module in self.modules.items():
+            if module.name not in self.reserve:
+                continue
+            kernel, bias = module.kernel[len(self.prefix) :], module.bias[len(self.prefix) :]
+            weights = self._effective(module, frozen.matrix(leaves[kernel], module), leaves.get(bias))
+            leaves[kernel] = weights.kernel.reshape(leaves[kernel].shape)
+            self.weights[path] = weights
+        return nested(leaves)
+
+    def _effective(self, module: Module, kernel: Array, bias: Array | None) -> Effective:
+        function = frozen.effective
+        for _ in module.stack:
+            function = jax.vmap(function)
+        return function(kernel, bias, self.reserve[module.name])
+
+    def _block(self, layer: NeuronLayer | None) -> frozen.Block | None:
+        return self.reserve.get("/".join(layer.module)) if layer else None
+
+    def intercept(self, call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        """Extends the calls of the graph's modules; leaves all others as they are."""
+        path = (*self.prefix, *context.module.path)
+        if context.method_name != "__call__" or not isinstance(context.module, AFFINE) or path not in self.modules:
+            return call(*args, **kwargs)
+        module, inputs = self.modules[path], args[0]
+        added = None
+        if module.source:
+            inputs, added = self._enter(module.source, inputs)
+        outputs = call(inputs, *args[1:], **kwargs)
+        weights = self.weights.get(path)
+        if weights is None:
+            return outputs
+        if weights.rows is not None and added is not None:
+            outputs = outputs + _over_stack(jnp.matmul, module, (True,))(added, weights.rows)
+        if module.target and weights.knowledge is not None:
+            read = inputs if added is None or weights.rows is None else jnp.concatenate([inputs, added], axis=-1)
+            function = _over_stack(frozen.frozen_units, module, (getattr(context.module, "stacked_input", False), True))
+            self.made[module.target.name] = function(read, outputs, weights, self.reserve[module.name]["partner"])
+        return outputs
+
+    def _enter(self, layer: NeuronLayer, live: Array) -> tuple[Array, Array | None]:
+        """What a reader of a layer is fed: the live activations, and those of the frozen units."""
+        if id(live) in self.entered:
+            return self.entered[id(live)][1:]
+        inputs, added = self._tapped(layer.name, live), None
+        block = self._block(layer)
+        if block is not None and layer.name in self.made:
+            knowledge, compensation = (
+                self._tapped(f"{layer.name}/{part}", layer.activation(values))
+                for part, values in zip(("knowledge", "compensation"), self.made[layer.name], strict=True)
+            )
+            module = self.modules[layer.module]
+            if self._has_rows(layer):
+                added = _over_stack(frozen.differences, module, (True, True, True))(inputs, knowledge, compensation, block)
+            else:
+                inputs = _over_stack(frozen.shared_activations, module, (True, True, True))(inputs, knowledge, compensation, block)
+        self.entered[id(live)] = (live, inputs, added)  # holds `live`, so that its id stays its own
+        return inputs, added
+
+    def _tapped(self, name: str, activations: Array) -> Array:
+        """Activations of a layer's live units, K or C, measured where that was asked for."""
+        return tap(activations, self.taps[name], self.mask) if name in self.taps else activations
+
+    def _has_rows(self, layer: NeuronLayer) -> bool:
+        return any("rows" in self.reserve.get("/".join(kernel[:-1]), {}) for kernel in layer.outgoing)
+
+
+def _over_stack(function: Callable[..., Any], module: Module, stacked: tuple[bool, ...]) -> Callable[..., Any]:
+    """Maps a function of activations and weights over the stack, which is the second last axis of activations, the first of weights.
+
+    Args:
+        function: takes activations first, then weights.
+        module: says whether there is a stack.
+        stacked: for each of the activations, whether it has the stack's axis.
+    """
+    if not module.stack:
+        return function
+
+    def mapped(*args: Any) -> Any:
+        axes = [-2 if has else None for has in stacked] + [0] * (len(args) - len(stacked))
+        return jax.vmap(function, in_axes=tuple(axes), out_axes=-2)(*args)
+
+    return mapped

@@ -1,0 +1,172 @@
+"""The interface of every cure: a NamedTuple of pure functions, as in optax.
+
+A method is made for one graph. Functions it does not need are identities, see `method`.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from knife_jax.plasticity.graph import Params
+
+Variables = dict[str, Any]
+Report = dict[str, Array]
+Apply = Callable[..., Any]
+Swept = Annotated[Any, "sweepable"]
+"""Marks a number of a method's factory that may be traced, so that it can be swept inside one compiled program."""
+
+
+class Trees(NamedTuple):
+    """Everything that an intervention may rewrite.
+
+    Attributes:
+        variables: the online network's `{"params": ..., "reserve": ...}`.
+        target: the target network's variables; None without one.
+        opt_state: the state of the optimizer that `wrap_optimizer` gave; None leaves it alone.
+    """
+
+    variables: Variables
+    target: Variables | None = None
+    opt_state: optax.OptState | None = None
+
+
+class Method(NamedTuple):
+    """A cure for one graph.
+
+    Attributes:
+        name: its name.
+        allocate: `variables -> variables`: adds collections or parameters of fixed shape (a reserve, affine normalisation, ...).
+        lift: `(apply, prefix=()) -> apply`: a Flax apply function that understands what `allocate` added and the collection `taps`;
+            `prefix` is the path of the module's parameters within the graph's.
+        wrap_optimizer: `tx -> tx`.
+        taps: `state -> taps`: zeros to pass as the collection `taps` and to differentiate with respect to; their "gradient" holds the
+            statistics of activations that `observe` wants. Empty for methods that want none.
+        init: `variables -> state`.
+        observe: `(state, variables, grads, taps) -> state`: after every gradient, with what `jax.grad` gave for params and taps.
+        apply: `(key, state, trees, tx=None) -> (state, trees, report)`: the intervention; `tx` is the wrapped optimizer, needed where its
+            state is to be rewritten. The report is `{"<layer>/<measure>": number}`.
+        penalty: `(params, state) -> scalar` to add to the loss.
+        has_reserve: whether it owns the collection `reserve`.
+        every_update: whether `apply` is meant to run after every gradient step rather than on a schedule.
+    """
+
+    name: str
+    allocate: Callable[[Variables], Variables]
+    lift: Callable[..., Apply]
+    wrap_optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    taps: Callable[[Any], Any]
+    init: Callable[[Variables], Any]
+    observe: Callable[[Any, Variables, Params, Any], Any]
+    apply: Callable[..., tuple[Any, Trees, Report]]
+    penalty: Callable[[Params, Any], Float[Array, ""]]
+    every_update: bool = False
+    has_reserve: bool = False
+
+
+def keep_state(state: Any, variables: Variables, grads: Params, taps: Any) -> Any:
+    """Observes nothing."""
+    return state
+
+
+def no_intervention(key: PRNGKeyArray, state: Any, trees: Trees, tx: Any = None) -> tuple[Any, Trees, Report]:
+    """Rewrites nothing."""
+    return state, trees, {}
+
+
+def no_penalty(params: Params, state: Any) -> Float[Array, ""]:
+    """Adds nothing to the loss."""
+    return jnp.zeros(())
+
+
+def method(name: str, **functions: Any) -> Method:
+    """A method that does nothing but what is given."""
+    identities: dict[str, Any] = {
+        "allocate": lambda variables: variables,
+        "lift": lambda apply, prefix=(): apply,
+        "wrap_optimizer": lambda tx: tx,
+        "taps": lambda state: {},
+        "init": lambda variables: (),
+        "observe": keep_state,
+        "apply": no_intervention,
+        "penalty": no_penalty,
+    }
+    return Method(name, **(identities | functions))
+
+
+def none() -> Method:
+    """No cure: every function is an identity."""
+    return method("none")
+
+
+def chain(*methods: Method) -> Method:
+    """Several cures at once, each seeing what those before it left.
+
+    What one of them re-draws, another still counts as its own: a `reset` after `knife` re-draws the live weights and leaves the reserve's
+    frozen function in place, so that the network keeps what it knew through knowledge neurons alone; a `knife` after `reset` adds to a
+    fresh network. Taps of the same layer are shared, so that each statistic is gathered once.
+
+    Raises:
+        ValueError: if two of them allocate a reserve, whose collection can hold one, if a method that keeps the function is
+            chained with `layer_norm`, or if some work at every update and some on a schedule.
+    """
+    cadences = {part.every_update for part in methods if part.apply is not no_intervention}
+    if len(cadences) > 1:
+        raise ValueError(f"chain: {', '.join(part.name for part in methods)} intervene partly at every update, partly on a schedule")
+    reserves = [part.name for part in methods if part.has_reserve]
+    if len(reserves) > 1:
+        raise ValueError(f"chain: only one method can own the reserve, got {', '.join(reserves)}")
+    exact = reserves + [part.name for part in methods if part.name == "reborn"]
+    if exact and any(part.name == "layer_norm" for part in methods):
+        raise ValueError(f"chain: {exact[0]} keeps what its units give together, which layer_norm's mean over units would change")
+
+    def allocate(variables: Variables) -> Variables:
+        for part in methods:
+            variables = part.allocate(variables)
+        return variables
+
+    def lift(apply: Apply, prefix: tuple[str, ...] = ()) -> Apply:
+        for part in methods:
+            apply = part.lift(apply, prefix)
+        return apply
+
+    def wrap_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        for part in methods:
+            tx = part.wrap_optimizer(tx)
+        return tx
+
+    def init(variables: Variables) -> tuple[Any, ...]:
+        return tuple(part.init(variables) for part in methods)
+
+    def observe(state: Any, variables: Variables, grads: Params, taps: Any) -> tuple[Any, ...]:
+        return tuple(part.observe(own, variables, grads, taps) for part, own in zip(methods, state, strict=True))
+
+    def apply(key: PRNGKeyArray, state: Any, trees: Trees, tx: Any = None) -> tuple[Any, Trees, Report]:
+        states, report = [], {}
+        for part, own, part_key in zip(methods, state, jax.random.split(key, len(methods)), strict=True):
+            own, trees, said = part.apply(part_key, own, trees, tx)
+            states.append(own)
+            report |= {f"{part.name}/{name}": value for name, value in said.items()}
+        return tuple(states), trees, report
+
+    def penalty(params: Params, state: Any) -> Float[Array, ""]:
+        return sum((part.penalty(params, own) for part, own in zip(methods, state, strict=True)), jnp.zeros(()))
+
+    def taps(state: Any) -> Any:
+        merged: dict[str, Any] = {}
+        for part, own in zip(methods, state, strict=True):
+            merged = _merge(merged, part.taps(own))
+        return merged
+
+    name = "+".join(part.name for part in methods)
+    apply = apply if cadences else no_intervention
+    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, any(part.every_update for part in methods))
+
+
+def _merge(first: Any, second: Any) -> Any:
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return first | {name: _merge(first.get(name, {}), value) for name, value in second.items()}

@@ -1,0 +1,94 @@
+"""Statistics of activations and their gradients, as the cotangents of dummy inputs.
+
+A tap is the identity. Its statistics come out of `jax.grad` with respect to the tap's inputs, so that nothing is stored, no output is added
+to the model, and several calls of one layer add up.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from knife_jax.networks.neurons import NeuronLayer
+from knife_jax.plasticity.graph import Graph
+
+STATISTICS = ("absolute_gradient", "absolute", "signed", "fired", "centred", "gram")
+"""What a tap may sum over samples: |dL/dh|, |h|, h, h > 0, |h - c| where c is the value given as `centre`, and the outer product h h^T."""
+
+Tap = dict[str, Array]
+
+
+def zeros(graph: Graph, statistics: tuple[str, ...]) -> dict[str, Tap]:
+    """Taps for every layer of a graph, `{layer: {statistic: [*K, H] ("gram": [*K, H, H]), "count": [*K, 1]}}`."""
+
+    def blank(layer: NeuronLayer, statistic: str) -> Array:
+        return jnp.zeros((*layer.stack, layer.size, layer.size) if statistic == "gram" else (*layer.stack, layer.size))
+
+    count = {layer.name: {"count": jnp.zeros((*layer.stack, 1))} for layer in graph.layers}
+    return {layer.name: {name: blank(layer, name) for name in statistics} | count[layer.name] for layer in graph.layers}
+
+
+def add(sums: dict[str, Tap], taps: dict[str, Any]) -> dict[str, Tap]:
+    """Sums over one batch more; statistics that others gathered are left out."""
+    return {name: {statistic: total + taps[name][statistic] for statistic, total in own.items()} for name, own in sums.items()}
+
+
+def means(measured: Tap) -> Tap:
+    """Sums over samples divided by their number."""
+    number = jnp.maximum(measured["count"], 1.0)
+    return {name: values / number for name, values in measured.items() if name != "count"}
+
+
+def tap(activations: Float[Array, "... H"], measured: Tap, mask: Array | None = None) -> Float[Array, "... H"]:
+    """Passes activations on.
+
+    Args:
+        activations: `[*N, *K, H]`.
+        measured: one layer's taps.
+        mask: which samples count, over the first axes of N.
+    """
+    weight = jnp.ones((1,) * activations.ndim) if mask is None else mask.astype(activations.dtype)
+    weight = weight.reshape(weight.shape + (1,) * (activations.ndim - weight.ndim))
+    return _tap(activations, measured, jax.lax.stop_gradient(weight))
+
+
+@jax.custom_vjp
+def _tap(activations: Array, measured: Tap, weight: Array) -> Array:
+    return activations
+
+
+def _forward(activations: Array, measured: Tap, weight: Array) -> tuple[Array, Any]:
+    return activations, (activations, measured, weight)
+
+
+def _backward(saved: tuple[Array, Tap, Array], gradient: Array) -> tuple[Array, Tap, None]:
+    activations, measured, weight = saved
+    values = {
+        "absolute_gradient": lambda: jnp.abs(gradient) * weight,
+        "absolute": lambda: jnp.abs(activations) * weight,
+        "signed": lambda: activations * weight,
+        "fired": lambda: (activations > 0) * weight,
+        "centred": lambda: jnp.abs(activations - _align(measured["centre"], activations)) * weight,
+        "count": lambda: jnp.broadcast_to(weight, (*activations.shape[:-1], 1)),
+        "centre": lambda: None,
+    }
+    summed = {name: _sum_samples(values[name](), like) for name, like in measured.items() if name != "gram"}
+    if "gram" in measured:
+        stacked = measured["gram"].ndim == 3
+        summed["gram"] = jnp.einsum("...ki,...kj->kij" if stacked else "...i,...j->ij", activations * weight, activations)
+    return gradient, summed, None
+
+
+def _align(values: Array, like: Array) -> Array:
+    return values.reshape((1,) * (like.ndim - values.ndim) + values.shape)
+
+
+def _sum_samples(values: Array | None, like: Array) -> Array:
+    """Sums over all but the axes of the tap."""
+    if values is None:
+        return jnp.zeros_like(like)
+    return values.sum(axis=tuple(range(values.ndim - like.ndim))).astype(like.dtype)
+
+
+_tap.defvjp(_forward, _backward)

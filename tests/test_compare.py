@@ -1,0 +1,85 @@
+"""Comparisons of cures: pairing by seed, verdicts, and the files of `knife-jax compare`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from knife_jax import Config, cli, compare
+from knife_jax.runner import RunResult
+
+SMALL = ["--preset", "matrix_drift", "--env.scenario", "custom", "--env.options", "{payoff: [[1, 0], [0, 2]]}", "--agent.hidden_size", "8"]
+SHORT = [
+    "--train.env_steps_per_task",
+    "480",
+    "--evaluation.per_task",
+    "2",
+    "--plasticity.interval_updates",
+    "20",
+    "--replay.batch_size",
+    "8",
+]
+
+
+def _run(final, order=(0, 1, 0)):
+    """A finished run whose last evaluation of every task is given, `[S, P]`."""
+    final = np.asarray(final, float)
+    curves = np.stack([np.zeros_like(final), final], axis=-1).reshape(len(final), -1)
+    metrics = {"eval/won": curves, "eval/return": 10 * curves, "env_steps": np.arange(curves.shape[1])}
+    return RunResult(Config(), metrics, ("a", "b"), order, {}, {}, {"seeds": len(final)})
+
+
+def test_differences_are_paired_by_seed():
+    """The mean over the later tasks of the difference within each seed: +1 on every seed, whatever the seeds' own levels."""
+    none = [[1, 0.1 * seed, 0.2 * seed] for seed in range(6)]
+    better = [[0, 0.1 * seed + 1, 0.2 * seed + 1] for seed in range(6)]
+    compared = compare.compare({"none": _run(none), "cure": _run(better)})
+    assert list(compared.against) == ["cure"]
+    np.testing.assert_allclose(compared.against["cure"], (1.0, 1.0, 1.0), rtol=1e-6)
+    assert compared.sentences[0].endswith("better")
+    np.testing.assert_allclose(compared.final["none"][2].value, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shift", "seeds", "judgement"),
+    [(-0.5, 8, "worse"), (0.0, 8, "undecided: the interval holds 0"), (0.5, 4, "undecided: fewer than 5 seeds")],
+)
+def test_verdicts(shift, seeds, judgement):
+    """Worse, undecided, and too few seeds to say."""
+    levels = np.random.default_rng(0).normal(size=(seeds, 3))
+    noise = np.random.default_rng(1).normal(size=(seeds, 3)) * 0.1
+    noise -= noise[:, 1:].mean()
+    compared = compare.compare({"none": _run(levels), "cure": _run(levels + noise + shift)})
+    assert compared.sentences[0].endswith(judgement)
+
+
+def test_methods_are_names_or_mappings():
+    """Options stand beside the name; the label is the name, or the whole text where that is taken."""
+    configs = compare.method_configs(Config(), ["none", "redo", "{name: redo, tau: 0.5}"])
+    assert list(configs) == ["none", "redo", "{name: redo, tau: 0.5}"]
+    assert [config.plasticity.options for config in configs.values()] == [{}, {}, {"tau": 0.5}]
+    with pytest.raises(ValueError, match="given twice"):
+        compare.method_configs(Config(), ["none", "none", "none"])
+    with pytest.raises(ValueError, match="did you mean 'redo'"):
+        compare.method_configs(Config(), ["none", "reddo"])
+
+
+def test_the_command_writes_everything(tmp_path, capsys):
+    """Table, sentence, comparison and the files of every method."""
+    out = tmp_path / "compared"
+    assert cli.main(["compare", *SMALL, *SHORT, "--seeds", "2", "--methods", "none", "redo", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "redo against none" in text and "undecided: fewer than 5 seeds" in text
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.png", "0-none", "1-redo"}
+    content = json.loads((out / "comparison.json").read_text())
+    assert list(content["final"]) == ["none", "redo"] and content["seeds"] == 2
+    cured = np.load(out / "1-redo" / "metrics.npz")
+    assert cured["cure.agent.hidden_1.treated"].shape == (2, 3)
+
+
+def test_mistakes_are_told_before_the_first_run(tmp_path, capsys):
+    """A bad second method stops the command before the first is trained."""
+    bad = "{name: knife, reserve: -1}"
+    assert cli.main(["compare", *SMALL, *SHORT, "--methods", "none", bad, "--out", str(tmp_path / "out")]) == 2
+    assert "plasticity.options: reserve" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
