@@ -1,0 +1,197 @@
+"""One environment step of SMAX for a whole batch of battles, batch axis last.
+
+Shapes: A allies, M enemies, N = A + M units, B battles. What the batch shares has 1 in the place of B. Pairs of units are visited one
+column at a time, as plain elementwise code over `[units, B]`: a reduction over a pair axis would not be vectorised by XLA on processors,
+and a gather by target costs more than comparing with every possible target.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from envs.smax.types import FIRST_ATTACK, NOBODY, STOP, SmaxParams, UnitStatistics
+
+TICKS = 8
+TICK_SECONDS = 1.0 / 16
+FAR = 1e3
+
+
+class Units(NamedTuple):
+    """What changes from tick to tick."""
+
+    x: Float[Array, "N B"]
+    y: Float[Array, "N B"]
+    health: Float[Array, "N B"]
+    cooldown: Float[Array, "N B"]
+
+
+class Orders(NamedTuple):
+    """What each unit does during a step: its velocity, and which opponent it attacks (`NOBODY` for none), counted within its team."""
+
+    velocity_x: Float[Array, "N B"]
+    velocity_y: Float[Array, "N B"]
+    target: Int[Array, "N B"]
+
+
+def of_type(table: Float[Array, "2 K b"], unit_types: Int[Array, "N B"], num_allies: int) -> Float[Array, "N B"]:
+    """Looks every unit's number up, by comparing with every type."""
+
+    def look(rows: Array, own: Array) -> Array:
+        found = jnp.broadcast_to(rows[0], own.shape)
+        for index in range(1, rows.shape[0]):
+            found = jnp.where(own == index, rows[index], found)
+        return found
+
+    return jnp.concatenate([look(table[0], unit_types[:num_allies]), look(table[1], unit_types[num_allies:])])
+
+
+def statistics_of(statistics: UnitStatistics, unit_types: Int[Array, "N B"], num_allies: int) -> UnitStatistics:
+    """The statistics of every unit, `[N, B]` each."""
+    return UnitStatistics(*(of_type(table, unit_types, num_allies) for table in statistics))
+
+
+def high_half(bits: UInt32[Array, "... B"]) -> Float[Array, "... B"]:
+    """Uniform numbers in [0, 1) from the upper 16 bits."""
+    return (bits >> 16).astype(jnp.int32).astype(jnp.float32) * 2.0**-16
+
+
+def low_half(bits: UInt32[Array, "... B"]) -> Float[Array, "... B"]:
+    """Uniform numbers in [0, 1) from the lower 16 bits."""
+    return (bits & 0xFFFF).astype(jnp.int32).astype(jnp.float32) * 2.0**-16
+
+
+def whole(bits: UInt32[Array, "... B"]) -> Float[Array, "... B"]:
+    """Uniform numbers in [0, 1) from the upper 24 bits."""
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+
+
+def cooldown_deviation(bits: UInt32[Array, "N B"]) -> Float[Array, "N B"]:
+    """How much longer or shorter than usual a unit reloads, in seconds: uniform from -1 to 2 ticks."""
+    return TICK_SECONDS * (3.0 * high_half(bits) - 1.0)
+
+
+def orders_of(actions: Int[Array, "N B"], speed: Float[Array, "N B"], num_allies: int) -> Orders:
+    """Decodes actions; enemies count their opponents backwards, as they see them."""
+    zero = jnp.zeros_like(speed)
+    velocity_x = jnp.where(actions == 1, speed, jnp.where(actions == 3, -speed, zero))
+    velocity_y = jnp.where(actions == 0, speed, jnp.where(actions == 2, -speed, zero))
+    attacked = actions - FIRST_ATTACK
+    target = jnp.concatenate([attacked[:num_allies], num_allies - 1 - attacked[num_allies:]])
+    return Orders(velocity_x, velocity_y, jnp.where(attacked >= 0, target, NOBODY))
+
+
+def push_apart(x: Float[Array, "N B"], y: Float[Array, "N B"], radius: Float[Array, "N B"]) -> tuple[Array, Array]:
+    """Moves overlapping units apart, each by half of the overlap; a radius of `-FAR` keeps a unit (a dead one) out of it."""
+    shift_x, shift_y = jnp.zeros_like(x), jnp.zeros_like(y)
+    for other in range(x.shape[0]):
+        delta_x, delta_y = x - x[other], y - y[other]
+        distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) + 1e-6
+        overlap = jnp.maximum((radius + radius[other]) / distance - 1.0, 0.0)
+        shift_x, shift_y = shift_x + delta_x * overlap, shift_y + delta_y * overlap
+    return x + 0.5 * shift_x, y + 0.5 * shift_y
+
+
+def _aimed(values: Float[Array, "N B"], target: Int[Array, "N B"], num_allies: int) -> Float[Array, "N B"]:
+    """The value of each unit's target, the first opponent's if it has none."""
+
+    def find(opponents: Array, target: Array) -> Array:
+        found = jnp.broadcast_to(opponents[0], target.shape)
+        for index in range(1, opponents.shape[0]):
+            found = jnp.where(target == index, opponents[index], found)
+        return found
+
+    allies, enemies = values[:num_allies], values[num_allies:]
+    return jnp.concatenate([find(enemies, target[:num_allies]), find(allies, target[num_allies:])])
+
+
+def _suffered(hits: Float[Array, "U B"], target: Int[Array, "U B"], num_opponents: int) -> Float[Array, "O B"]:
+    """The sum of the hits on each opponent."""
+    opponents = jnp.arange(num_opponents)[:, None]
+    total = jnp.zeros((num_opponents, hits.shape[-1]), hits.dtype)
+    for attacker in range(hits.shape[0]):
+        total = total + jnp.where(target[attacker] == opponents, hits[attacker], 0.0)
+    return total
+
+
+def fight(
+    units: Units,
+    orders: Orders,
+    statistics: UnitStatistics,
+    deviation: Float[Array, "*T N B"],
+    num_allies: int,
+    map_size: tuple[float, float],
+    walls_kill: Bool[Array, "b"],
+    ticks: int = TICKS,
+) -> Units:
+    """The ticks of one environment step: everyone moves and shoots at once, touches walls, and is pushed apart.
+
+    Args:
+        units: at the start.
+        orders: held for all ticks.
+        statistics: of every unit.
+        deviation: what is added to a cooldown after a shot, in seconds, `[N, B]`, or `[ticks, N, B]` for a draw of its own at each tick. One
+            draw a step is enough: a unit whose cooldown is at least half a second cannot shoot twice in eight ticks.
+        num_allies: A.
+        map_size: width and height.
+        walls_kill: whether touching the border kills.
+        ticks: their number.
+    """
+    (width, height) = map_size
+    allies, enemies = slice(None, num_allies), slice(num_allies, None)
+    reload = statistics.cooldown + deviation
+    has_target = orders.target != NOBODY
+
+    def tick(units: Units, reload_now: Array | None) -> tuple[Units, None]:
+        alive = units.health > 0
+        x = jnp.clip(units.x + jnp.where(alive, orders.velocity_x * TICK_SECONDS, 0.0), 0.0, width)
+        y = jnp.clip(units.y + jnp.where(alive, orders.velocity_y * TICK_SECONDS, 0.0), 0.0, height)
+        aim_x, aim_y, aim_health = (_aimed(values, orders.target, num_allies) for values in (units.x, units.y, units.health))
+        delta_x, delta_y = units.x - aim_x, units.y - aim_y
+        in_range = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) < statistics.attack_range
+        hit = has_target & in_range & alive & (aim_health > 0) & (units.cooldown <= 0)
+        hits = jnp.where(hit, statistics.attack, 0.0)
+        suffered = (
+            _suffered(hits[enemies], orders.target[enemies], num_allies),
+            _suffered(hits[allies], orders.target[allies], x.shape[0] - num_allies),
+        )
+        damage = jnp.concatenate(suffered)
+        at_wall = (x <= 0) | (x >= width) | (y <= 0) | (y >= height)
+        health = jnp.where(at_wall & walls_kill, 0.0, jnp.maximum(units.health - damage, 0.0))
+        x, y = push_apart(x, y, jnp.where(health > 0, statistics.radius, -FAR))
+        passed = jnp.where(hit, (reload if reload_now is None else reload_now) - units.cooldown, -TICK_SECONDS)
+        return Units(x, y, health, units.cooldown + passed), None
+
+    per_tick = reload if deviation.ndim == 3 else None
+    return jax.lax.scan(tick, units, per_tick, length=ticks)[0]
+
+
+def rewards(
+    health_before: Float[Array, "N B"], health: Float[Array, "N B"], full_health: Float[Array, "N B"], params: SmaxParams, num_allies: int
+) -> tuple[Float[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """The team's reward, and whether every ally and every enemy is dead.
+
+    The damage to all enemies, as shares of their full health, over their number; and the bonus if none is left while an ally lives. It
+    does not matter what killed them: a wall counts.
+    """
+    enemies = slice(num_allies, None)
+    loss = (health_before[enemies] - health[enemies]) / full_health[enemies]
+    damage = sum(loss[index] for index in range(loss.shape[0])) / params.active_enemies
+    allies_dead = ~_any(health[:num_allies] > 0)
+    enemies_dead = ~_any(health[enemies] > 0)
+    bonus = jnp.where(enemies_dead & ~allies_dead, params.win_reward, 0.0)
+    bonus = bonus + jnp.where(allies_dead & ~enemies_dead, params.loss_reward, 0.0)
+    return params.damage_reward * damage + bonus, allies_dead, enemies_dead
+
+
+def _any(flags: Bool[Array, "U B"]) -> Bool[Array, "B"]:
+    found = flags[0]
+    for index in range(1, flags.shape[0]):
+        found = found | flags[index]
+    return found
+
+
+def stop_all(num_units: int, size: int) -> Int[Array, "N B"]:
+    """Everyone's last action at the start of an episode."""
+    return jnp.full((num_units, size), STOP, jnp.int8)
