@@ -37,6 +37,7 @@ def converted(env: smax.Smax, state: Any) -> SmaxState:
     enemies = env.num_enemies
     x, y = state.unit_positions[..., 0], state.unit_positions[..., 1]
     moves = jnp.array([[0, 1], [1, 0], [0, -1], [-1, 0]], jnp.float32)
+    moves = moves.reshape((1,) * (x.ndim) + moves.shape)
     moved = jnp.abs(state.prev_movement_actions[..., None, :] - moves).sum(-1) < 1e-3
     actions = jnp.where(moved.any(-1), moved.argmax(-1), jnp.where(state.prev_attack_actions > STOP, state.prev_attack_actions, STOP))
     return SmaxState(

@@ -44,17 +44,17 @@ def heuristic_actions(
     sights = _sights(state, statistics, num_allies)
     luck = high_half(bits)
     chosen = _random_pick([sight.shootable for sight in sights], luck)
-    target = jnp.where(params.enemy_attacks_randomly, chosen, _closest(sights))
+    target = jnp.where(params.enemy_attacks_randomly[None], chosen, _closest(sights))
     last = state.last_target.astype(jnp.int32)
     sticks = jnp.zeros_like(target, bool)
     for ally, sight in enumerate(sights):
         sticks = sticks | ((last == ally) & sight.shootable)
     target = jnp.where(sticks, last, target)
-    attacks = (target != NOBODY) & params.enemy_shoots
+    attacks = (target != NOBODY) & params.enemy_shoots[None]
     attack = FIRST_ATTACK + num_allies - 1 - target
     actions = jnp.where(attacks, attack, _walk(sights, luck, state, num_allies))
     alive = state.health[num_allies:] > 0
-    awake = alive & (low_half(bits) >= params.enemy_idleness)
+    awake = alive & (low_half(bits) >= params.enemy_idleness[None])
     return jnp.where(awake, actions, STOP), target
 
 
@@ -65,9 +65,10 @@ def _sights(state: SmaxState, statistics: UnitStatistics, num_allies: int) -> li
     attack_range = statistics.attack_range[num_allies:]
     sights = []
     for ally in range(num_allies):
-        delta_x, delta_y = state.x[ally] - own_x, state.y[ally] - own_y
+        one = slice(ally, ally + 1)
+        delta_x, delta_y = state.x[one] - own_x, state.y[one] - own_y
         distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y)
-        visible = (distance < sight_range) & (state.health[ally] > 0) & alive
+        visible = (distance < sight_range) & (state.health[one] > 0) & alive
         sights.append(Sight(delta_x, delta_y, distance, visible, visible & (distance < attack_range)))
     return sights
 

@@ -39,9 +39,9 @@ def of_type(table: Float[Array, "2 K b"], unit_types: Int[Array, "N B"], num_all
     """Looks every unit's number up, by comparing with every type."""
 
     def look(rows: Array, own: Array) -> Array:
-        found = jnp.broadcast_to(rows[0], own.shape)
+        found = jnp.broadcast_to(rows[:1], own.shape)
         for index in range(1, rows.shape[0]):
-            found = jnp.where(own == index, rows[index], found)
+            found = jnp.where(own == index, rows[index : index + 1], found)
         return found
 
     return jnp.concatenate([look(table[0], unit_types[:num_allies]), look(table[1], unit_types[num_allies:])])
@@ -85,7 +85,8 @@ def orders_of(actions: Int[Array, "N B"], speed: Float[Array, "N B"], num_allies
 def push_apart(x: Float[Array, "N B"], y: Float[Array, "N B"], radius: Float[Array, "N B"]) -> tuple[Array, Array]:
     """Moves overlapping units apart, each by half of the overlap; a radius of `-FAR` keeps a unit (a dead one) out of it."""
     shift_x, shift_y = jnp.zeros_like(x), jnp.zeros_like(y)
-    for other in range(x.shape[0]):
+    for index in range(x.shape[0]):
+        other = slice(index, index + 1)
         delta_x, delta_y = x - x[other], y - y[other]
         distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) + 1e-6
         overlap = jnp.maximum((radius + radius[other]) / distance - 1.0, 0.0)
@@ -97,9 +98,9 @@ def _aimed(values: Float[Array, "N B"], target: Int[Array, "N B"], num_allies: i
     """The value of each unit's target, the first opponent's if it has none."""
 
     def find(opponents: Array, target: Array) -> Array:
-        found = jnp.broadcast_to(opponents[0], target.shape)
+        found = jnp.broadcast_to(opponents[:1], target.shape)
         for index in range(1, opponents.shape[0]):
-            found = jnp.where(target == index, opponents[index], found)
+            found = jnp.where(target == index, opponents[index : index + 1], found)
         return found
 
     allies, enemies = values[:num_allies], values[num_allies:]
@@ -110,7 +111,8 @@ def _suffered(hits: Float[Array, "U B"], target: Int[Array, "U B"], num_opponent
     """The sum of the hits on each opponent."""
     opponents = jnp.arange(num_opponents)[:, None]
     total = jnp.zeros((num_opponents, hits.shape[-1]), hits.dtype)
-    for attacker in range(hits.shape[0]):
+    for index in range(hits.shape[0]):
+        attacker = slice(index, index + 1)
         total = total + jnp.where(target[attacker] == opponents, hits[attacker], 0.0)
     return total
 
@@ -119,7 +121,7 @@ def fight(
     units: Units,
     orders: Orders,
     statistics: UnitStatistics,
-    deviation: Float[Array, "*T N B"],
+    deviation: Float[Array, "T N B"],
     num_allies: int,
     map_size: tuple[float, float],
     walls_kill: Bool[Array, "b"],
@@ -131,8 +133,8 @@ def fight(
         units: at the start.
         orders: held for all ticks.
         statistics: of every unit.
-        deviation: what is added to a cooldown after a shot, in seconds, `[N, B]`, or `[ticks, N, B]` for a draw of its own at each tick. One
-            draw a step is enough: a unit whose cooldown is at least half a second cannot shoot twice in eight ticks.
+        deviation: what is added to a cooldown after a shot, in seconds, one for each tick, or one for all. One is enough: a unit whose
+            cooldown is at least half a second cannot shoot twice in eight ticks.
         num_allies: A.
         map_size: width and height.
         walls_kill: whether touching the border kills.
@@ -140,7 +142,7 @@ def fight(
     """
     (width, height) = map_size
     allies, enemies = slice(None, num_allies), slice(num_allies, None)
-    reload = statistics.cooldown + deviation
+    reload = statistics.cooldown[None] + deviation
     has_target = orders.target != NOBODY
 
     def tick(units: Units, reload_now: Array | None) -> tuple[Units, None]:
@@ -158,12 +160,12 @@ def fight(
         )
         damage = jnp.concatenate(suffered)
         at_wall = (x <= 0) | (x >= width) | (y <= 0) | (y >= height)
-        health = jnp.where(at_wall & walls_kill, 0.0, jnp.maximum(units.health - damage, 0.0))
+        health = jnp.where(at_wall & walls_kill[None], 0.0, jnp.maximum(units.health - damage, 0.0))
         x, y = push_apart(x, y, jnp.where(health > 0, statistics.radius, -FAR))
-        passed = jnp.where(hit, (reload if reload_now is None else reload_now) - units.cooldown, -TICK_SECONDS)
+        passed = jnp.where(hit, (reload[0] if reload_now is None else reload_now) - units.cooldown, -TICK_SECONDS)
         return Units(x, y, health, units.cooldown + passed), None
 
-    per_tick = reload if deviation.ndim == 3 else None
+    per_tick = reload if deviation.shape[0] > 1 else None
     return jax.lax.scan(tick, units, per_tick, length=ticks)[0]
 
 

@@ -41,9 +41,9 @@ class Happened(NamedTuple):
 class Smax(Environment):
     """SMAX for teams of given sizes; everything else that a scenario says is in `SmaxParams`, see `envs.smax.scenarios.make`.
 
-    Defects of JaxMARL 0.2 that are mended unless `legacy`: episodes lasted 101 steps; a time limit could not be told from a defeat; the world
-    state was not normalised; enemies beyond the number of allies were always marines in random teams; units could start off the map, where
-    they died at once and paid the other team; the conic view never showed unit 0, and showed the dead.
+    Defects of JaxMARL 0.2 that are mended unless `legacy`: episodes lasted 101 steps; a time limit could not be told from a defeat; the
+    world state was not normalised; enemies beyond the number of allies were always marines in random teams; units could start off the
+    map, where they died at once and paid the other team; the conic view never showed unit 0, and showed the dead.
 
     Attributes:
         num_agents: A.
@@ -186,7 +186,9 @@ def _start(env: Smax, bits: UInt32[Array, "D B"], params: SmaxParams) -> SmaxSta
     return start(bits, params, env.num_agents, env.map_size, env.legacy)
 
 
-def _step(env: Smax, bits: UInt32[Array, "D B"], state: SmaxState, actions: Int[Array, "A B"], params: SmaxParams) -> tuple[SmaxState, Happened]:
+def _step(
+    env: Smax, bits: UInt32[Array, "D B"], state: SmaxState, actions: Int[Array, "A B"], params: SmaxParams
+) -> tuple[SmaxState, Happened]:
     """A step against the heuristic enemy."""
     statistics = engine.statistics_of(params.statistics, state.unit_types.astype(jnp.int32), env.num_agents)
     enemy_actions, target = heuristic_actions(bits[env.num_units :], state, statistics, params, env.num_agents)
@@ -195,17 +197,22 @@ def _step(env: Smax, bits: UInt32[Array, "D B"], state: SmaxState, actions: Int[
 
 
 def _step_all(
-    env: Smax, bits: UInt32[Array, "N B"], state: SmaxState, actions: Int[Array, "A B"], enemy_actions: Int[Array, "M B"], params: SmaxParams
+    env: Smax,
+    bits: UInt32[Array, "N B"],
+    state: SmaxState,
+    actions: Int[Array, "A B"],
+    enemy_actions: Int[Array, "M B"],
+    params: SmaxParams,
 ) -> tuple[SmaxState, Happened]:
     """A step in which both teams' actions are given."""
     everyone = jnp.concatenate([actions.astype(jnp.int32), enemy_actions.astype(jnp.int32)])
-    stepped, statistics = advance(env, engine.cooldown_deviation(bits), state, everyone, params)
+    stepped, statistics = advance(env, engine.cooldown_deviation(bits)[None], state, everyone, params)
     happened = Happened(*engine.rewards(state.health, stepped.health, statistics.health, params, env.num_agents))
     return stepped, happened
 
 
 def advance(
-    env: Smax, deviation: Float[Array, "*T N B"], state: SmaxState, actions: Int[Array, "N B"], params: SmaxParams
+    env: Smax, deviation: Float[Array, "T N B"], state: SmaxState, actions: Int[Array, "N B"], params: SmaxParams
 ) -> tuple[SmaxState, engine.UnitStatistics]:
     """The battle's next state for given actions of all units and deviations of cooldowns, and everyone's statistics; batch axis last."""
     statistics = engine.statistics_of(params.statistics, state.unit_types.astype(jnp.int32), env.num_agents)

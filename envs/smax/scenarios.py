@@ -1,9 +1,9 @@
 """Scenarios of SMAX, their options, and sequences of drifting tasks.
 
 Known are the 14 scenarios of JaxMARL, and SMACv2's teams (Ellis et al., 2023, `smacv2/examples/configs` and `distributions.py`):
-`{5,10,20}gen_{protoss,terran,zerg}` and `{race}_{N}_vs_{M}`. There SMACv2 draws each unit from a race's three types, of which SMAX lacks the
-rarest (colossus, medivac, baneling): they are left out and the other two weights made to sum to 1. As in SMACv2 the allies are the ones
-surrounded, by one to four groups; its two units left out of a team of exceptions only, which cannot occur then.
+`{5,10,20}gen_{protoss,terran,zerg}` and `{race}_{N}_vs_{M}`. There SMACv2 draws each unit from a race's three types, of which SMAX lacks
+the rarest (colossus, medivac, baneling): they are left out and the other two weights made to sum to 1. As in SMACv2 the allies are the
+ones surrounded, by one to four groups.
 """
 
 import math
@@ -198,10 +198,11 @@ def drift(race: str = "protoss", units: int = 5, **options: Any) -> tuple[Smax, 
     """
     if race not in RACES:
         raise unknown_name("race", race, RACES)
-    env, _ = make(f"{race}_{units}_vs_{units}", **options) if f"{race}_{units}_vs_{units}" in SCENARIOS else (None, None)
-    if env is None:
+    scenario = f"{race}_{units}_vs_{units}"
+    if scenario not in SCENARIOS:
         raise ValueError(f"units must be 5, 10 or 20, not {units!r}")
-    tasks = {name: make(f"{race}_{units}_vs_{units}", **{**options, **task})[1] for name, task in _drift_tasks(race, units).items()}
+    env, _ = make(scenario, **options)
+    tasks = {name: make(scenario, **{**options, **task})[1] for name, task in _drift_tasks(race, units).items()}
     return env, stack_tasks(list(tasks.values()), list(tasks), [*range(len(tasks)), 0])
 
 
@@ -270,9 +271,10 @@ def _chances(path: str, weights: Sequence[float]) -> Any:
 
 
 def _number(path: str, value: Any, least: float = -math.inf, most: float = math.inf) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value) or not least <= value <= most:
-        within = "a finite number" if math.isinf(least) else f"a finite number from {least:g}" + ("" if math.isinf(most) else f" to {most:g}")
-        raise ValueError(f"{path} must be {within}, not {value!r}")
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and least <= value <= most):
+        bounds = ("" if math.isinf(least) else f" of at least {least:g}") + ("" if math.isinf(most) else f" and at most {most:g}")
+        raise ValueError(f"{path} must be a finite number{bounds}, not {value!r}")
     return jnp.float32(value)
 
 
@@ -303,7 +305,8 @@ def _statistics(own: Mapping[str, Mapping[str, float]], scales: Mapping[str, Map
     for name in ("health", "attack"):
         tables[name] = np.maximum(np.round(tables[name] * 8) / 8, 1 / 8)
         if tables[name].max() >= LARGEST_HEALTH:
-            raise ValueError(f"{name} must stay below {LARGEST_HEALTH:g} (a record keeps it in two bytes), but reaches {tables[name].max():g}")
+            reached = f"but reaches {tables[name].max():g}"
+            raise ValueError(f"{name} must stay below {LARGEST_HEALTH:g} (a record keeps it in two bytes), {reached}")
     return UnitStatistics(**{name: jnp.array(table, jnp.float32) for name, table in tables.items()})
 
 

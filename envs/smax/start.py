@@ -36,9 +36,8 @@ def start(bits: UInt32[Array, "D B"], params: SmaxParams, num_allies: int, map_s
     unit_types = _unit_types(high_half(own), params, num_allies, legacy)
     statistics = statistics_of(params.statistics, unit_types, num_allies)
     x, y = _positions(whole(at_x), whole(at_y), low_half(own), groups, law, params, num_allies, map_size)
-    present = jnp.concatenate(
-        [jnp.arange(num_allies)[:, None] < params.active_allies, jnp.arange(num_units - num_allies)[:, None] < params.active_enemies]
-    )
+    present = _present(num_allies, params.active_allies), _present(num_units - num_allies, params.active_enemies)
+    present = jnp.concatenate(present)
     if not legacy:
         x, y = _reflected(x, map_size[0]), _reflected(y, map_size[1])
     radius = jnp.where(present, statistics.radius, -FAR)
@@ -60,11 +59,16 @@ def start(bits: UInt32[Array, "D B"], params: SmaxParams, num_allies: int, map_s
     )
 
 
+def _present(size: int, active: Int[Array, "b"]) -> Bool[Array, "U b"]:
+    """The units of a team that take part."""
+    return jnp.arange(size)[:, None] < active[None]
+
+
 def _drawn(luck: Float[Array, "... B"], weights: Float[Array, "L b"]) -> Int[Array, "... B"]:
     """Indices drawn from the weights, which sum to 1."""
-    index, total = jnp.zeros(luck.shape, jnp.int32), jnp.zeros_like(weights[0])
+    index, total = jnp.zeros(luck.shape, jnp.int32), jnp.zeros((1,) * luck.ndim)
     for weight in weights[:-1]:
-        total = total + weight
+        total = total + weight.reshape((1,) * (luck.ndim - 1) + weight.shape)
         index = index + (luck >= total)
     return index
 
@@ -76,7 +80,7 @@ def _unit_types(luck: Float[Array, "N B"], params: SmaxParams, num_allies: int, 
     if legacy:
         extra = jnp.zeros_like(extra)
     drawn = jnp.concatenate([allies, allies[:num_enemies], extra])
-    return jnp.where(params.random_types, drawn, params.unit_types.astype(jnp.int32))
+    return jnp.where(params.random_types[None], drawn, params.unit_types.astype(jnp.int32))
 
 
 def _positions(
@@ -92,13 +96,13 @@ def _positions(
     """Draws positions from all three laws, and keeps those of one."""
     width, height = map_size
     is_ally = jnp.arange(across.shape[0])[:, None] < num_allies
-    off_x, off_y = params.spread * (2 * across - 1), params.spread * (2 * along - 1)
+    off_x, off_y = params.spread[None] * (2 * across - 1), params.spread[None] * (2 * along - 1)
     facing = jnp.where(is_ally, 0.25 * width, 0.75 * width) + off_x, 0.5 * height + off_y
     mirrored = _mirrored(across * 0.5 * width, along * height, num_allies, width)
-    inside = is_ally == (high_half(law[1]) < params.allies_inside)
+    inside = is_ally == (high_half(law[1]) < params.allies_inside)[None]
     middle_x, middle_y = _group_middles(group, groups, _drawn(low_half(law[1]), params.group_weights) + 1, map_size)
     around = jnp.where(inside, 0.5 * width, middle_x) + off_x, jnp.where(inside, 0.5 * height, middle_y) + off_y
-    which = _drawn(whole(law[0]), params.start_weights)
+    which = _drawn(whole(law[:1]), params.start_weights)
     x, y = (
         jnp.where(which == 0, first, jnp.where(which == 1, second, third))
         for first, second, third in zip(facing, mirrored, around, strict=True)
@@ -119,14 +123,14 @@ def _group_middles(
 ) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
     """The middle of each unit's group: so many groups lie on different diagonals, each anywhere between the centre and the corner."""
     share, priority = high_half(groups), low_half(groups)
-    mine = (luck * number).astype(jnp.int32)
+    mine = (luck * number[None]).astype(jnp.int32)
     x, y = jnp.zeros_like(luck), jnp.zeros_like(luck)
     for corner in range(CORNERS):
-        rank = sum(_precedes(priority, other, corner) for other in range(CORNERS) if other != corner)
-        in_group = mine == rank
+        rank = jnp.stack([_precedes(priority, other, corner) for other in range(CORNERS) if other != corner]).sum(axis=0)
+        in_group = mine == rank[None]
         corner_x, corner_y = (map_size[0] * (corner // 2), map_size[1] * (corner % 2))
-        x = jnp.where(in_group, share[corner] * 0.5 * map_size[0] + (1 - share[corner]) * corner_x, x)
-        y = jnp.where(in_group, share[corner] * 0.5 * map_size[1] + (1 - share[corner]) * corner_y, y)
+        x = jnp.where(in_group, (share[corner] * 0.5 * map_size[0] + (1 - share[corner]) * corner_x)[None], x)
+        y = jnp.where(in_group, (share[corner] * 0.5 * map_size[1] + (1 - share[corner]) * corner_y)[None], y)
     return x, y
 
 

@@ -1,7 +1,7 @@
 """What the units of SMAX observe, for a whole batch of battles, batch axis last.
 
-Shapes: A allies, M enemies, N = A + M units, K types, F = 7 + K features of another unit, B battles. Everything is said from the side of the
-allies; what the enemies observe is the same for a mirrored record, see `other_side`.
+Shapes: A allies, M enemies, N = A + M units, K types, F = 7 + K features of another unit, B battles. Everything is said from the side of
+the allies; what the enemies observe is the same for a mirrored record, see `other_side`.
 """
 
 import math
@@ -84,8 +84,8 @@ def unit_list(seen: Seen, pairs: Pairs, params: SmaxParams, num_allies: int, map
     Features of another unit, all 0 if it is not in sight: health, relative position over the range of sight (x, y), last move (x, y), last
     attack over the largest action, cooldown, type. For its own see `own_features`.
 
-    All is one expression over `[A, N, F, B]`, whose last unit stands for the observer itself: a concatenation would break XLA's loop over the
-    batch on processors.
+    All is one expression over `[A, N, F, B]`, whose last unit stands for the observer itself: a concatenation would break XLA's loop over
+    the batch on processors.
     """
     num_units, size = seen.x.shape
     features = jnp.stack(_features(seen, params, num_allies), axis=1)
@@ -117,8 +117,8 @@ def sectors(
 ) -> tuple[Float[Array, "A N F B"], Int[Array, "A N B"]]:
     """Features of every unit for every ally, and where in its conic view they go: `2 sector + rank`, beyond the view for nowhere.
 
-    A view has 32 sectors, counted counter-clockwise from the west, with room for the two closest units in sight. In JaxMARL (`legacy`) these
-    are the two of lowest index, dead units take part, and unit 0 does not.
+    A view has 32 sectors, counted counter-clockwise from the west, with room for the two closest units in sight. In JaxMARL (`legacy`)
+    these are the two of lowest index, dead units take part, and unit 0 does not.
     """
     itself = (jnp.arange(seen.x.shape[0])[None] == jnp.arange(num_allies)[:, None])[..., None]
     if legacy:
@@ -132,7 +132,8 @@ def sectors(
     sector = jnp.clip(jnp.floor((angle + math.pi) * (SECTORS / (2 * math.pi))).astype(jnp.int32), 0, SECTORS - 1)
     rank = jnp.zeros_like(sector)
     for other in range(seen.x.shape[0]):
-        closer = (order[:, other, None] < order) & visible[:, other, None] & (sector[:, other, None] == sector)
+        one = slice(other, other + 1)
+        closer = (order[:, one] < order) & visible[:, one] & (sector[:, one] == sector)
         rank = rank + closer
     slot = jnp.where(visible & (rank < UNITS_PER_SECTOR), UNITS_PER_SECTOR * sector + rank, SECTORS * UNITS_PER_SECTOR)
     origin, scale = _frames(seen, num_allies)
@@ -149,7 +150,7 @@ def _last_actions(seen: Seen, params: SmaxParams, num_allies: int) -> tuple[Arra
     """Everyone's last move (x, y) and attack as the allies may see them."""
     actions, num_units = seen.actions, seen.x.shape[0]
     ally = jnp.arange(num_units)[:, None] < num_allies
-    shown = ally | params.see_enemy_actions
+    shown = ally | params.see_enemy_actions[None]
     move_x = (actions == 1).astype(jnp.float32) - (actions == 3)
     move_y = (actions == 0).astype(jnp.float32) - (actions == 2)
     largest = jnp.where(ally, STOP + num_units - num_allies, STOP + num_allies)
