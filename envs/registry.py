@@ -1,11 +1,12 @@
 """Games and task sequences by name."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from envs import jaxmarl_adapter, matrix_game, predator_prey_scenarios
+from envs import jaxmarl_adapter, matrix_game, predator_prey_scenarios, smax
 from envs.base import Environment, EnvParams, Tasks, stack_tasks, unknown_name
 
 
@@ -66,6 +67,10 @@ def _predator_prey_drift(**options: Any) -> Game:
     return Game(env, predator_prey_scenarios.drift_tasks(env, params))
 
 
+def _smax_drift(race: str, units: int, **options: Any) -> Game:
+    return Game(*smax.drift(race, units, **options))
+
+
 GAMES: dict[str, Entry] = {
     "matrix": Entry(
         "one-step payoffs, the two-step game and the MMDP, two agents",
@@ -82,10 +87,11 @@ GAMES: dict[str, Entry] = {
         drifts={"drift": _predator_prey_drift},
     ),
     "smax": Entry(
-        "JaxMARL's SMAX against its heuristic enemy",
-        _build_jaxmarl,
-        scenarios=jaxmarl_adapter.SMAX_SCENARIOS,
+        "SMAX, battles of small teams against a heuristic enemy",
+        smax.make,
+        scenarios=(*smax.SCENARIOS, "custom"),
         default="3m",
+        drifts={f"{units}gen_{race}_drift": functools.partial(_smax_drift, race, units) for units in (5, 10, 20) for race in smax.RACES},
     ),
     "jaxmarl": Entry(
         "any environment of JaxMARL by its own name",

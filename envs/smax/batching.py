@@ -18,8 +18,8 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     """The single-environment view of a function of whole batches.
 
     Args:
-        function: takes pytrees of arrays `[..., B]`, or `[..., 1]` for what the whole batch shares; returns pytrees of arrays `[..., B]`
-            (or `[..., 1]`, which is repeated).
+        function: takes pytrees of arrays `[..., B]`, and as its last argument parameters `[..., B]` or, if the whole batch shares them,
+            `[..., 1]`; returns pytrees of arrays `[..., B]`.
 
     Returns:
         The same function of pytrees without the batch axis. Under any number of `vmap`s it runs `function` once, on all of them.
@@ -28,8 +28,9 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     @custom_vmap
     def many(*args: Any) -> Any:
         size = _size(args, [0] * len(jax.tree.leaves(args)))
-        outputs = function(*jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), args))
-        return jax.tree.map(lambda leaf: jnp.moveaxis(jnp.broadcast_to(leaf, (*leaf.shape[:-1], size)), -1, 0), outputs)
+        *args, params = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), args)
+        outputs = function(*jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:-1], size)), args), params)
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), outputs)
 
     @many.def_vmap
     def merging(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:

@@ -125,7 +125,7 @@ def fight(
     num_allies: int,
     map_size: tuple[float, float],
     walls_kill: Bool[Array, "b"],
-    ticks: int = TICKS,
+    keep_inside: bool = True,
 ) -> Units:
     """The ticks of one environment step: everyone moves and shoots at once, touches walls, and is pushed apart.
 
@@ -138,7 +138,7 @@ def fight(
         num_allies: A.
         map_size: width and height.
         walls_kill: whether touching the border kills.
-        ticks: their number.
+        keep_inside: whether units that are pushed beyond the border stop at it. (Either way they are at it on the next tick.)
     """
     (width, height) = map_size
     allies, enemies = slice(None, num_allies), slice(num_allies, None)
@@ -162,11 +162,13 @@ def fight(
         at_wall = (x <= 0) | (x >= width) | (y <= 0) | (y >= height)
         health = jnp.where(at_wall & walls_kill[None], 0.0, jnp.maximum(units.health - damage, 0.0))
         x, y = push_apart(x, y, jnp.where(health > 0, statistics.radius, -FAR))
+        if keep_inside:
+            x, y = jnp.clip(x, 0.0, width), jnp.clip(y, 0.0, height)
         passed = jnp.where(hit, (reload[0] if reload_now is None else reload_now) - units.cooldown, -TICK_SECONDS)
         return Units(x, y, health, units.cooldown + passed), None
 
     per_tick = reload if deviation.shape[0] > 1 else None
-    return jax.lax.scan(tick, units, per_tick, length=ticks)[0]
+    return jax.lax.scan(tick, units, per_tick, length=TICKS)[0]
 
 
 def rewards(

@@ -218,7 +218,7 @@ def advance(
     statistics = engine.statistics_of(params.statistics, state.unit_types.astype(jnp.int32), env.num_agents)
     orders = engine.orders_of(actions, statistics.speed, env.num_agents)
     units = engine.Units(state.x, state.y, state.health, state.cooldown)
-    units = engine.fight(units, orders, statistics, deviation, env.num_agents, env.map_size, params.walls_cause_death)
+    units = engine.fight(units, orders, statistics, deviation, env.num_agents, env.map_size, params.walls_cause_death, not env.legacy)
     return state._replace(**units._asdict(), last_actions=actions.astype(jnp.int8), steps=state.steps + 1), statistics
 
 

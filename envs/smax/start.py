@@ -41,7 +41,7 @@ def start(bits: UInt32[Array, "D B"], params: SmaxParams, num_allies: int, map_s
     if not legacy:
         x, y = _reflected(x, map_size[0]), _reflected(y, map_size[1])
     radius = jnp.where(present, statistics.radius, -FAR)
-    x, y = jax.lax.cond(high_half(bits[0, 0]) < 1.0, push_apart, lambda x, y, _: (x, y), x, y, radius)
+    x, y = jax.lax.cond(high_half(bits[0])[0] < 1.0, push_apart, lambda x, y, _: (x, y), x, y, radius)
     if not legacy:
         x, y = jnp.clip(x, EDGE, map_size[0] - EDGE), jnp.clip(y, EDGE, map_size[1] - EDGE)
     size = bits.shape[-1]
@@ -135,8 +135,7 @@ def _group_middles(
 
 
 def _precedes(priority: Float[Array, "4 B"], first: int, second: int) -> Bool[Array, "B"]:
-    earlier = priority[first] <= priority[second] if first < second else priority[first] < priority[second]
-    return earlier.astype(jnp.int32)
+    return priority[first] <= priority[second] if first < second else priority[first] < priority[second]
 
 
 def _reflected(position: Float[Array, "N B"], size: float) -> Float[Array, "N B"]:
