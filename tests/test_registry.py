@@ -13,13 +13,16 @@ from envs.base import stack_tasks
 from envs.registry import GAMES, make
 
 SCENARIOS = [(name, scenario) for name, entry in GAMES.items() for scenario in (*entry.scenarios, *entry.drifts)]
-COMPACT = ("matrix", "predator_prey")
-OPTIONS: dict[tuple[str, str], dict[str, Any]] = {("matrix", "custom"): {"payoff": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}}
+COMPACT = ("matrix", "predator_prey", "smax")
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("matrix", "custom"): {"payoff": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]},
+    ("smax", "custom"): {"allies": {"marine": 2, "zealot": 1}, "enemies": {"stalker": 2}},
+}
 
-# Tracing a SMAX step takes a second; two scenarios stand for the rest, whose sizes test_jaxmarl_adapter.py checks.
+# Tracing a SMAX step takes a second; a few scenarios stand for the rest.
+STANDING_FOR_SMAX = ("3m", "custom", "protoss_10_vs_11", "5gen_zerg_drift")
 TRACED = [
-    pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] == "smax" and pair[1] not in ("3m", "smacv2_5_units") else [])
-    for pair in SCENARIOS
+    pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] == "smax" and pair[1] not in STANDING_FOR_SMAX else []) for pair in SCENARIOS
 ]
 
 
@@ -78,7 +81,9 @@ def test_tasks_are_stacked_parameters_of_one_environment(name, scenario):
         (("predator_prey",), {"heigth": 5}, "unknown override 'heigth'; did you mean 'height'"),
         (("predator_prey", "drift"), {"miscapture": -1}, "did you mean 'miscapture_punishment'"),
         (("jaxmarl", "MPE_simple_spread"), {}, "unknown game of JaxMARL 'MPE_simple_spread'; did you mean 'MPE_simple_spread_v3'"),
-        (("smax",), {"map_widht": 8}, "options {'map_widht': 8} are not what this game takes"),
+        (("smax",), {"max_step": 8}, "unknown option 'max_step'; did you mean 'max_steps'"),
+        (("smax", "5gen_terran_drift"), {"max_step": 8}, "options {'max_step': 8} are not what this game takes"),
+        (("jaxmarl", "3m"), {"map_widht": 8}, "options {'map_widht': 8} are not what this game takes"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(arguments, options, message):

@@ -23,27 +23,25 @@ EPISODES, STEPS = 16, 40
 
 def test_any_number_of_vmaps_is_one_batch_on_the_last_axis():
     """Shapes as the function sees them, and values as those of a plain function."""
-    seen = []
-
-    def scaled(values, factor):
-        seen.append((values.shape, factor.shape))
-        return values * factor
+    shapes = set()
 
     def plain(values, factor):
         return values * factor
 
+    def scaled(values, factor):
+        shapes.add((values.shape, factor.shape))
+        return plain(values, factor)
+
     single = batch_last(scaled)
     values, factors = jnp.arange(24.0).reshape(2, 4, 3), jnp.array([[2.0], [3.0]])
-    twice = jax.vmap(jax.vmap(single, in_axes=(0, None)), in_axes=(0, None))(values, factors[0])
-    np.testing.assert_array_equal(twice, values * 2)
-    assert seen[-1] == ((3, 8), (1, 1)), "what all share is not repeated"
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(single, in_axes=(0, None)), in_axes=(0, None))(values, factors[0]), values * 2)
     outer = jax.vmap(jax.vmap(single, in_axes=(0, None)))(values, factors)
     np.testing.assert_array_equal(outer, jax.vmap(jax.vmap(plain, in_axes=(0, None)))(values, factors))
-    assert seen[-1] == ((3, 8), (1, 8))
     np.testing.assert_array_equal(single(values[0, 1], factors[1]), values[0, 1] * 3)
-    assert seen[-1] == ((3, 1), (1, 1))
-    jax.vmap(single, in_axes=(None, 0))(values[0, 1], factors)
-    assert seen[-1] == ((3, 2), (1, 2)), "but for parameters everyone has one's own"
+    several = jax.vmap(single, in_axes=(None, 0))(values[0, 1], factors)
+    np.testing.assert_array_equal(several, values[0, 1][None] * factors)
+    # Parameters that all share are not repeated; everything else is.
+    assert shapes == {((3, 8), (1, 1)), ((3, 8), (1, 8)), ((3, 1), (1, 1)), ((3, 2), (1, 2))}
 
 
 def test_one_battle_is_what_it_is_among_many():
@@ -177,7 +175,7 @@ def starts(scenario: str, **options):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_extra_enemies_and_edges(legacy):
     """By default extra enemies are of all types and nobody starts off the map; JaxMARL's are marines, and some do."""
-    env, state = starts("protoss_10_vs_11", unit_weights=dict.fromkeys(smax.UNIT_TYPES, 1 / 6), allies_inside=0.5, legacy=legacy)
+    _, state = starts("protoss_10_vs_11", unit_weights=dict.fromkeys(smax.UNIT_TYPES, 1 / 6), allies_inside=0.5, legacy=legacy)
     np.testing.assert_array_equal(state.unit_types[:, :10], state.unit_types[:, 10:20])
     extra = np.bincount(np.asarray(state.unit_types[:, 20]), minlength=6) / 4096
     np.testing.assert_allclose(extra, [1, 0, 0, 0, 0, 0] if legacy else [1 / 6] * 6, atol=0.03)
@@ -194,7 +192,7 @@ def test_teams_are_drawn_from_their_weights_and_races_do_not_mix():
 
 def test_a_reflected_start_is_a_mirror_image():
     """Up to the pushing apart; the allies fill the western half."""
-    env, state = starts("10gen_terran", start_weights={"reflect": 1.0})
+    _, state = starts("10gen_terran", start_weights={"reflect": 1.0})
     x = np.asarray(state.x)
     np.testing.assert_allclose(np.median(np.abs(32 - x[:, :10] - x[:, 10:])), 0.0, atol=1e-5)
     np.testing.assert_allclose([x[:, :10].mean(), x[:, :10].std()], [8, 16 / 12**0.5], atol=0.05)

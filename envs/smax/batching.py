@@ -24,12 +24,13 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The same function of pytrees without the batch axis. Under any number of `vmap`s it runs `function` once, on all of them.
     """
+    settled = _apart(function)
 
     @custom_vmap
     def many(*args: Any) -> Any:
         size = _size(args, [0] * len(jax.tree.leaves(args)))
-        *args, params = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), args)
-        outputs = function(*jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:-1], size)), args), params)
+        *own, params = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), args)
+        outputs = settled(*jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:-1], size)), own), params)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), outputs)
 
     @many.def_vmap
@@ -43,6 +44,24 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[0], many(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], args)))
 
     return single
+
+
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, compiled on processors as a computation of its own.
+
+    XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
+    taken, for a reason that the compiler cannot see, keeps it from that.
+    """
+    traced_once = jax.jit(function)
+
+    def branch(*args: Any) -> Any:
+        shapes = jax.eval_shape(traced_once, *args)
+        first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
+        return jax.lax.cond(
+            ~(first < -3e38), traced_once, lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), *args
+        )
+
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
 
 
 def _size(args: Any, axes: list[int]) -> int:

@@ -28,6 +28,9 @@ MARGIN, RIM, LEAST_SPAN, SLIMMEST = 2.0, 0.75, 12.0, 0.5
 HEADER, FOOTER, GAP = 0.5, 0.3, 0.2
 """Heights above a panel and below all of them, and the space between panels, in inches."""
 
+LETTER_SIZE, SMALL_LETTER, LARGE_LETTER = 1.35, 0.55, 0.74
+"""The font's size over the unit's radius, and the heights of its letters over that size."""
+
 POINTS_PER_INCH = 72
 
 
@@ -168,7 +171,7 @@ def draw(axes: Axes, battle: Battle, step: int, share: float = 1.0) -> None:
 def _legend(battle: Battle, width: float) -> str:
     present = np.unique(battle.unit_types[battle.full_health > 0])
     types = ", ".join(f"{LETTERS[index]} {UNIT_TYPES[index]}" for index in present)
-    marks = "bar: health · thin circle: attack range · line: a shot that hit · ×: fallen"
+    marks = "bar: health · thin circle: attack range · line: a shot that hit · cross: fallen"
     return f"{types}  ·  {marks}" if width > 5 else types
 
 
@@ -180,8 +183,8 @@ def _draw_map(axes: Axes, battle: Battle) -> None:
     axes.add_patch(Rectangle((0, 0), width, height, facecolor=FLOOR, edgecolor="none", zorder=0))
     lines = [[(x, 0), (x, height)] for x in np.arange(4, width, 4)] + [[(0, y), (width, y)] for y in np.arange(4, height, 4)]
     axes.add_collection(LineCollection(lines, colors=GRID, linewidths=0.6, zorder=0.1), autolim=False)
-    border = {"linewidth": 2.5} if battle.walls_kill else {"linewidth": 1.0, "linestyle": "--"}
-    axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=INK, zorder=0.2, **border))
+    thickness, line = (2.5, "-") if battle.walls_kill else (1.0, "--")
+    axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=INK, zorder=0.2, linewidth=thickness, linestyle=line))
 
 
 def _teams(battle: Battle) -> list[str]:
@@ -209,14 +212,16 @@ def _draw_units(axes: Axes, battle: Battle, moment: Moment) -> None:
     living = [color for color, alive in zip(colors, moment.alive, strict=True) if alive]
     _circles(axes, moment, battle.radius, facecolors=living, edgecolors=FLOOR, linewidths=0.5, zorder=2)
     for unit in np.flatnonzero(moment.alive):
-        size = 1.25 * battle.radius[unit] * _points_per_map_unit(axes)
-        letter, place = LETTERS[battle.unit_types[unit]], (moment.x[unit], moment.y[unit])
-        axes.text(*place, letter, fontsize=size, color=FLOOR, weight="bold", ha="center", va="center_baseline", zorder=5, clip_on=True)
+        letter, size = LETTERS[battle.unit_types[unit]], LETTER_SIZE * battle.radius[unit]
+        baseline = moment.y[unit] - 0.5 * size * (SMALL_LETTER if letter in "msz" else LARGE_LETTER)
+        style = {"ha": "center", "va": "baseline", "weight": "bold", "color": FLOOR, "zorder": 7, "clip_on": True}
+        axes.text(moment.x[unit], baseline, letter, fontsize=size * _points_per_map_unit(axes), **style)
 
 
 def _points_per_map_unit(axes: Axes) -> float:
+    pixels = axes.get_window_extent().width
     low, high = axes.get_xlim()
-    return axes.get_position().width * axes.figure.get_figwidth() * POINTS_PER_INCH / (high - low)
+    return pixels / axes.figure.dpi * POINTS_PER_INCH / (high - low)
 
 
 def _draw_shots(axes: Axes, battle: Battle, moment: Moment) -> None:
@@ -239,22 +244,22 @@ def _draw_health(axes: Axes, battle: Battle, moment: Moment) -> None:
     """A bar above each of the living, as wide as the unit; what is dark of it is lost."""
     alive = moment.alive
     half, share = battle.radius[alive], moment.health[alive] / battle.full_health[alive]
-    west, height = moment.x[alive] - half, moment.y[alive] + half + 0.25
+    west, height = moment.x[alive] - half, moment.y[alive] + half + 0.17
     full = np.stack([np.stack([west, height], 1), np.stack([west + 2 * half, height], 1)], axis=1)
     left = np.stack([np.stack([west, height], 1), np.stack([west + 2 * half * share, height], 1)], axis=1)
-    thickness = 0.25 * _points_per_map_unit(axes)
-    for lines, color, width in ((full, FLOOR, thickness + 1.6), (full, INK, thickness + 0.6), (left, HEALTH, thickness)):
+    thickness = 0.2 * _points_per_map_unit(axes)
+    for lines, color, width in ((full, FLOOR, thickness + 1.2), (full, INK, thickness + 0.6), (left, HEALTH, thickness)):
         axes.add_collection(LineCollection(list(lines), colors=color, linewidths=width, capstyle="butt", zorder=6), autolim=False)
 
 
 def _write_titles(axes: Axes, battle: Battle, moment: Moment, step: int) -> None:
     ending = f" · {battle.ending}" if step == len(battle.rewards) else ""
     reward = float(battle.rewards[:step].sum())
-    axes.set_title(f"step {step} · {reward:.2f} reward so far{ending}", fontsize=9.5, color=INK, pad=15)
+    axes.set_title(f"step {step} · {reward:.2f} reward so far{ending}", fontsize=9.5, color=INK, pad=17)
     teams = (("allies", slice(None, battle.num_allies), ALLY, 0.0), ("enemies", slice(battle.num_allies, None), ENEMY, 1.0))
     for name, team, color, side in teams:
         present = battle.full_health[team] > 0
         share = moment.health[team].sum() / battle.full_health[team].sum()
         text = f"{name}: {moment.alive[team].sum()} of {present.sum()}, {share:.0%} health"
-        where = {"ha": "right" if side else "left", "va": "bottom", "transform": axes.transAxes}
-        axes.text(side, 1.015, text, fontsize=8, color=color, weight="bold", **where)
+        where = {"xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points", "ha": "right" if side else "left"}
+        axes.annotate(text, (side, 1.0), fontsize=8, color=color, weight="bold", **where)

@@ -101,8 +101,8 @@ def _rollout(env: Smax, policy: Policy, params: SmaxParams, key: PRNGKeyArray) -
 def hits(episode: Episode, num_allies: int) -> Int[np.ndarray, "T N"]:
     """Whom each unit hit during each step, as an index into all units; `NOBODY` if nobody.
 
-    Every cooldown passes with the time, below 0 too, and is set back by a shot only, which always hits: a unit has hit its target during a step
-    if less of its cooldown has passed than the step lasts.
+    Every cooldown passes with the time, below 0 too, and is set back by a shot only, which always hits: a unit has hit its target during a
+    step if less of its cooldown has passed than the step lasts.
     """
     actions = jnp.asarray(episode.actions.T, jnp.int32)
     targets = np.asarray(engine.orders_of(actions, jnp.zeros(actions.shape), num_allies).target).T
@@ -144,9 +144,10 @@ def save_animation(
         FileNotFoundError: if the directory does not exist.
     """
     path = _checked_path(path, ANIMATIONS)
-    _check_positive(frames_per_step=frames_per_step, steps_per_second=steps_per_second, width=width, dpi=dpi)
+    _check_least(1, frames_per_step=frames_per_step, dpi=dpi)
+    _check_positive(steps_per_second=steps_per_second, width=width)
     if path.suffix.lower() == ".mp4" and not FFMpegWriter.isAvailable():
-        raise ValueError(f"an .mp4 needs the program ffmpeg, which was not found; install it, or write {path.with_suffix('.gif').name} instead")
+        raise ValueError(f"{path.name} needs the program ffmpeg, which was not found; install it, or write {path.stem}.gif instead")
     figure, frames = _frames(_battle(env, params, episode, whole_map), frames_per_step, width, dpi)
     save = _save_gif if path.suffix.lower() == ".gif" else _save_mp4
     with _complete_or_not(path) as unfinished:
@@ -185,7 +186,9 @@ def save_filmstrip(
         FileNotFoundError: if the directory does not exist.
     """
     path = _checked_path(path, FILMSTRIPS)
-    _check_positive(columns=columns, frames=frames - 1, width=width, dpi=dpi)
+    _check_least(1, columns=columns, dpi=dpi)
+    _check_least(2, frames=frames)
+    _check_positive(width=width)
     battle = _battle(env, params, episode, whole_map)
     steps = np.unique(np.linspace(0, len(episode.rewards), frames).round().astype(int))
     figure, axes = drawing.panels(battle, len(steps), columns, width)
@@ -204,10 +207,16 @@ def _checked_path(path: str | Path, suffixes: tuple[str, ...]) -> Path:
     return path
 
 
+def _check_least(least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value!r}")
+
+
 def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, not {value!r}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, not {value!r}")
 
 
 @contextlib.contextmanager
@@ -221,18 +230,19 @@ def _complete_or_not(path: Path) -> Iterator[Path]:
 
 def _battle(env: Smax, params: SmaxParams, episode: Episode, whole_map: bool) -> Battle:
     states = episode.states
-    unit_types = states.unit_types[0].astype(int)
+    x, y, health = (np.asarray(leaf) for leaf in (states.x, states.y, states.health))
+    unit_types = np.asarray(states.unit_types[0], int)
     tables = jax.tree.map(lambda table: jnp.asarray(table)[..., None], params.statistics)
     statistics = engine.statistics_of(tables, jnp.asarray(unit_types)[:, None], env.num_agents)
     everywhere = drawing.View(-drawing.RIM, -drawing.RIM, env.map_width + 2 * drawing.RIM, env.map_height + 2 * drawing.RIM)
     ending = "won" if episode.won else "lost" if episode.lost else "time is up" if episode.truncated else "nobody is left"
     return Battle(
-        states.x,
-        states.y,
-        states.health,
+        x,
+        y,
+        health,
         hits(episode, env.num_agents),
         episode.rewards,
-        full_health=states.health[0],
+        full_health=health[0],
         radius=np.asarray(statistics.radius)[:, 0],
         attack_range=np.asarray(statistics.attack_range)[:, 0],
         unit_types=unit_types,
@@ -240,7 +250,7 @@ def _battle(env: Smax, params: SmaxParams, episode: Episode, whole_map: bool) ->
         map_size=env.map_size,
         walls_kill=bool(params.walls_cause_death),
         ending=ending,
-        view=everywhere if whole_map else drawing.view_of(states.x, states.y, states.health > 0, env.map_size),
+        view=everywhere if whole_map else drawing.view_of(x, y, health > 0, env.map_size),
     )
 
 
@@ -284,7 +294,7 @@ def _palette() -> Image.Image:
 
 
 def _save_mp4(figure: Figure, frames: Iterator[None], path: Path, frames_per_second: float) -> None:
-    writer = FFMpegWriter(fps=frames_per_second)
+    writer = FFMpegWriter(fps=frames_per_second)  # pyright: ignore[reportArgumentType] (ffmpeg takes any number)
     with writer.saving(figure, str(path), figure.dpi):
         for _ in frames:
             writer.grab_frame()

@@ -1,0 +1,255 @@
+"""Environment steps per second of our SMAX and of JaxMARL's, in one process, with interleaved repeats.
+
+    python -m benchmarks.env_speed --scenarios 3m 2s3z --envs 32 256 --cores 1
+    python -m benchmarks.env_speed --scenarios 3m --envs 64x8 256x4        # seeds x environments, both under vmap
+    python -m benchmarks.env_speed --scenarios 3m --envs 256 --parts       # where our time goes
+
+A step is what collecting data needs: the battle against the heuristic enemy for a random action per ally (attacks out of range do nothing
+in either), automatic reset, and the allies' observations, world state and action masks. One JSON line per row. Rates are steps per second of
+processor time (`_cpu`), which other jobs on the machine disturb less, and of wall time (`_wall`).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+SCENARIOS = ("3m", "2s3z", "smacv2_5_units", "smacv2_10_units")
+STEPS = 100
+
+
+class Timed(NamedTuple):
+    """Median seconds of a call."""
+
+    wall: float
+    cpu: float
+
+
+class Program(NamedTuple):
+    """A compiled rollout `run(key)`, the environment steps it makes, and what compiling took."""
+
+    run: Callable[[Any], Any]
+    env_steps: int
+    compile_seconds: float
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", default=SCENARIOS)
+    parser.add_argument("--envs", nargs="+", default=["32", "256", "1024", "4096"], help="environments, or seeds x environments")
+    parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ours-alone", action="store_true", help="leave JaxMARL out")
+    parser.add_argument("--parts", action="store_true", help="time the parts of our step instead")
+    parser.add_argument("--out", type=Path, help="write the rows and facts about the machine to this new JSON file")
+    return parser.parse_args()
+
+
+def sizes(text: str) -> tuple[int | None, int]:
+    """`64x8` as seeds and environments."""
+    seeds, _, envs = text.rpartition("x")
+    return (int(seeds) if seeds else None), int(envs)
+
+
+def rollout(reset: Callable[..., Any], step: Callable[..., Any], see: Callable[..., Any], num_envs: int) -> Callable[[Any], Any]:
+    """`STEPS` steps of `num_envs` environments.
+
+    Args:
+        reset: `key -> state`.
+        step: `(key, state, actions [A]) -> (state, reward)`, with automatic reset.
+        see: `state -> (mask [A, U], observations)`.
+        num_envs: their number.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def act(key: Any, mask: Any) -> Any:
+        return (jax.random.bits(key, mask.shape[:-1]) % mask.shape[-1]).astype(jnp.int32)
+
+    def run(key: Any) -> Any:
+        key_reset, key_play = jax.random.split(key)
+        state = jax.vmap(reset)(jax.random.split(key_reset, num_envs))
+
+        def advance(carry: Any, key: Any) -> tuple[Any, None]:
+            state, seen, total = carry
+            key_act, key_step = jax.random.split(key)
+            state, reward = jax.vmap(step)(jax.random.split(key_step, num_envs), state, act(key_act, seen[0]))
+            return (state, jax.vmap(see)(state), total + reward.sum()), None
+
+        return jax.lax.scan(advance, (state, jax.vmap(see)(state), jnp.zeros(())), jax.random.split(key_play, STEPS))[0]
+
+    return run
+
+
+def ours(scenario: str, num_envs: int) -> Callable[[Any], Any]:
+    """A rollout of our engine."""
+    from envs import smax
+    from envs.wrappers import AutoReset
+
+    game, params = smax.make(scenario)
+    env = AutoReset(game)
+
+    def step(key: Any, state: Any, actions: Any) -> Any:
+        state, outcome = env.step(key, state, actions, params)
+        return state, outcome.reward
+
+    def see(state: Any) -> Any:
+        seen = env.observe(env.record(state), params)
+        return seen.action_mask, (seen.agents, seen.state)
+
+    return rollout(lambda key: env.reset(key, params), step, see, num_envs)
+
+
+def theirs(scenario: str, num_envs: int) -> Callable[[Any], Any]:
+    """A rollout of JaxMARL's."""
+    import jax.numpy as jnp
+
+    from envs.jaxmarl_quiet import import_jaxmarl
+
+    jaxmarl = import_jaxmarl()
+    env = jaxmarl.make("HeuristicEnemySMAX", scenario=jaxmarl.environments.smax.map_name_to_scenario(scenario))
+
+    def stacked(by_agent: Any) -> Any:
+        return jnp.stack([by_agent[agent] for agent in env.agents])
+
+    def reset(key: Any) -> Any:
+        observations, state = env.reset(key)
+        return state, (stacked(observations), observations["world_state"])
+
+    def step(key: Any, state: Any, actions: Any) -> Any:
+        named = {agent: actions[index] for index, agent in enumerate(env.agents)}
+        observations, inner, rewards, _, _ = env.step(key, state[0], named)
+        return (inner, (stacked(observations), observations["world_state"])), rewards[env.agents[0]]
+
+    return rollout(reset, step, lambda state: (stacked(env.get_avail_actions(state[0])), state[1]), num_envs)
+
+
+def compiled(run: Callable[[Any], Any], seeds: int | None, num_envs: int) -> Program:
+    """Compiles a rollout, over seeds if there are any."""
+    import jax
+
+    def keys(number: int) -> Any:
+        return jax.random.split(jax.random.key(number), seeds) if seeds else jax.random.key(number)
+
+    started = time.process_time()
+    program = jax.jit(jax.vmap(run) if seeds else run).lower(keys(0)).compile()
+    took = time.process_time() - started
+    return Program(lambda number: jax.block_until_ready(program(keys(number))), (seeds or 1) * num_envs * STEPS, took)
+
+
+def interleaved(programs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, Timed]:
+    """Medians over repeats, in each of which every program runs once; the first is thrown away."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for repeat in range(repeats + 1):
+        for name, run in programs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run(repeat)
+            if repeat:
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: Timed(median(wall for wall, _ in each), median(cpu for _, cpu in each)) for name, each in seconds.items()}
+
+
+def compare(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, Any]:
+    """One row: both sides of one scenario and size."""
+    seeds, num_envs = sizes(text)
+    programs = {"ours": compiled(ours(scenario, num_envs), seeds, num_envs)}
+    if not settings.ours_alone:
+        programs["jaxmarl"] = compiled(theirs(scenario, num_envs), seeds, num_envs)
+    timed = interleaved({name: program.run for name, program in programs.items()}, settings.repeats)
+    row: dict[str, Any] = {"scenario": scenario, "envs": text, "cores": settings.cores or os.cpu_count()}
+    for name, program in programs.items():
+        row[f"{name}_cpu"] = round(program.env_steps / timed[name].cpu)
+        row[f"{name}_wall"] = round(program.env_steps / timed[name].wall)
+        row[f"{name}_compile_cpu_s"] = round(program.compile_seconds, 2)
+    if len(programs) == 2:
+        row["ratio_cpu"] = round(timed["jaxmarl"].cpu / timed["ours"].cpu, 2)
+        row["ratio_wall"] = round(timed["jaxmarl"].wall / timed["ours"].wall, 2)
+    return row
+
+
+def parts(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, Any]:
+    """One row: microseconds of processor time per environment step of the parts of ours, each alone in a loop; they overlap."""
+    import jax
+    import jax.numpy as jnp
+
+    from envs import smax
+    from envs.smax.game import _batched
+    from envs.smax.start import num_draws
+    from envs.wrappers import AutoReset
+
+    seeds, num_envs = sizes(text)
+    if seeds:
+        raise SystemExit("--parts takes environments without seeds")
+    env, params = smax.make(scenario)
+    wrapped, batched = AutoReset(env), _batched(env)
+    keys = jax.random.split(jax.random.key(0), num_envs)
+    state = jax.vmap(lambda key: wrapped.reset(key, params))(keys)
+    actions = jnp.ones((num_envs, env.num_agents), jnp.int32)
+    bits = jax.random.bits(jax.random.key(1), (num_envs, num_draws(env.num_units)))
+    step_bits = bits[:, : env.num_units + env.num_enemies]
+    barrier = jax.lax.optimization_barrier
+
+    def alive(state: Any) -> Any:
+        return state._replace(health=jnp.maximum(state.health, 1.0))
+
+    def seen(carry: Any) -> Any:
+        state, _ = carry
+        now = jax.vmap(lambda state: env.observe(env.record(state), params))(state)
+        return state._replace(x=state.x + 1e-6 * now.agents[:, :1, 0]), now
+
+    first = jax.vmap(lambda state: env.observe(env.record(state), params))(state.env)
+    bodies: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+        "battle": (state.env, lambda s: alive(jax.vmap(lambda b, s, a: batched.step(b, s, a, params))(step_bits, s, actions)[0])),
+        "battle_and_draws": (
+            (state.env, keys),
+            lambda c: (alive(jax.vmap(lambda k, s, a: env.step(k, s, a, params))(c[1], c[0], actions)[0]), barrier(c[1])),
+        ),
+        "start": (
+            state.env,
+            lambda s: jax.vmap(lambda b: batched.start(b, params))(bits + s.steps[:, None].astype(jnp.uint32)),
+        ),
+        "with_automatic_reset": (
+            (state, keys),
+            lambda c: (jax.vmap(lambda k, s, a: wrapped.step(k, s, a, params))(c[1], c[0], actions)[0], barrier(c[1])),
+        ),
+        "observations": ((state.env, first), seen),
+    }
+    looped = {
+        name: jax.jit(lambda carry, body=body: jax.lax.scan(lambda c, _: (body(c), None), carry, None, length=STEPS)[0])
+        for name, (_, body) in bodies.items()
+    }
+    timed = interleaved(
+        {name: lambda _, name=name: jax.block_until_ready(looped[name](bodies[name][0])) for name in bodies}, settings.repeats
+    )
+    row: dict[str, Any] = {"scenario": scenario, "envs": text, "cores": settings.cores or os.cpu_count()}
+    return row | {f"{name}_us": round(each.cpu / num_envs / STEPS * 1e6, 3) for name, each in timed.items()}
+
+
+def main() -> None:
+    """Prints a JSON line per row; writes them where asked."""
+    settings = arguments()
+    if settings.cores:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: settings.cores]))
+    from knife_jax.runner import environment_facts
+
+    if settings.out and settings.out.exists():
+        sys.exit(f"{settings.out} exists; nothing is overwritten")
+    rows = []
+    for scenario in settings.scenarios:
+        for text in settings.envs:
+            rows.append((parts if settings.parts else compare)(scenario, text, settings))
+            print(json.dumps(rows[-1]), flush=True)
+    if settings.out:
+        partial = settings.out.with_suffix(".part")
+        partial.write_text(json.dumps({"rows": rows, "facts": environment_facts()}, indent=1) + "\n")
+        partial.replace(settings.out)
+
+
+if __name__ == "__main__":
+    main()
