@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
 from knife_jax.networks import agents, mixers
-from knife_jax.networks.agents import AgentNetwork, agent_inputs, initial_hidden
+from knife_jax.networks.agents import RECURRENT, AgentNetwork, agent_inputs, initial_hidden
 from knife_jax.networks.mixers import MixerInputs, make_mixer
 from knife_jax.plasticity import registry
 from knife_jax.plasticity.graph import Graph, make_graph
@@ -21,6 +21,7 @@ from knife_jax.plasticity.method import Method, Variables
 
 Params = Any
 Hyper = dict[str, dict[str, Any]]
+States = dict[str, Array]
 
 
 class Networks(NamedTuple):
@@ -52,6 +53,14 @@ class Networks(NamedTuple):
         """The mixer under the same."""
         return jnp.asarray(self._lifted("mixer", self.mixer)(_of("mixer", variables), inputs))
 
+    def initial_hidden(self, batch: tuple[int, ...]) -> Float[Array, "*N S"]:
+        """Zero memory for a batch of agents under the cure."""
+        return initial_hidden(self.config.agent, batch, self.cure(self.config.hyper).state_sizes.get(RECURRENT))
+
+    def running_states(self, hidden: Float[Array, "*N S"]) -> States:
+        """What the cure must be passed of the memory of agents at play; nothing for most cures."""
+        return {RECURRENT: hidden} if RECURRENT in self.cure(self.config.hyper).state_sizes else {}
+
     def cure(self, hyper: Hyper) -> Method:
         """The cure that the configuration names, with numbers from `hyper`."""
         settings = self.config.plasticity
@@ -63,7 +72,7 @@ class Networks(NamedTuple):
 
 def _of(name: str, variables: Variables) -> Variables:
     """What one of the two networks sees of the variables."""
-    own = {**variables, "params": variables["params"][name]}
+    own = {**variables, "params": variables["params"].get(name, {})}
     if "tap_mask" in variables:
         own["tap_mask"] = variables["tap_mask"][name]
     return own
@@ -101,7 +110,7 @@ def _width_factor(config: Config) -> float:
 
 
 def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
-    """Fresh `{"agent": ..., "mixer": ...}` parameters."""
+    """Fresh `{"agent": ..., "mixer": ...}` parameters; no `mixer` where it has none, since empty subtrees have no place in `{path: leaf}`."""
     key_agent, key_mixer = jax.random.split(key)
     observation = _zero_observation(networks)
     num_agents = networks.env.num_agents
@@ -112,7 +121,8 @@ def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
     values = jnp.zeros((1, 1, num_agents))
     actions = jnp.zeros((1, 1, num_agents, networks.env.num_actions))
     mixer = networks.mixer.init(key_mixer, MixerInputs(values, values, actions, mixer_state(observation, task)))
-    return {"agent": agent["params"], "mixer": mixer.get("params", {})}
+    params = {"agent": agent["params"], "mixer": mixer.get("params", {})}
+    return {name: network for name, network in params.items() if network}
 
 
 def observe(networks: Networks, record: Any, task: Int[Array, "*N"]) -> Observation:

@@ -53,7 +53,7 @@ def test_units_treated_once_are_left_alone_where_asked():
     """With `repeat: false` a layer of 8 is treated for good after four interventions of 2, although there are more."""
     config = _config({**ALWAYS, "repeat": False})
     program, state, _ = _learned(config)
-    intervene = jax.jit(lambda key, state: learner.intervene(key, state, program.networks, config.hyper))
+    intervene = jax.jit(lambda key, state: learner.intervene(key, state, {}, program.networks, config.hyper)[0])
     learned = state.learner
     for number in range(6):
         window = jax.tree.map(jnp.ones_like, learned.cure.window)
@@ -139,7 +139,7 @@ def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composit
         return learner.team_values(state.variables, state.target_variables, networks, batch, observation).online, swapped
 
     step = jax.jit(lambda state: learner.gradient_step(state, networks, batch, hyper)[0])
-    intervene = jax.jit(lambda key, state: learner.intervene(key, state, networks, hyper))
+    intervene = jax.jit(lambda key, state: learner.intervene(key, state, {}, networks, hyper)[0])
     learned = state.learner
     for number in range(3):
         for _ in range(3):
@@ -197,7 +197,7 @@ def test_averaged_targets_cover_the_reserve():
     """Polyak averaging moves the target's frozen numbers towards the online ones and leaves the links between neurons alone."""
     config = _config(ALWAYS, learner={"mixer": "qmix", "target_update": "polyak", "polyak_tau": 0.25})
     program, state, _ = _learned(config)
-    learned = learner.intervene(jax.random.key(0), state.learner, program.networks, config.hyper)
+    learned, _ = learner.intervene(jax.random.key(0), state.learner, {}, program.networks, config.hyper)
     other = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, learned.target_reserve)
     moved = learner.update_target(learned._replace(target_reserve=other), program.networks, jnp.int32(1), config.hyper)
     for name, block in learned.reserve.items():
@@ -245,12 +245,13 @@ def test_bad_cures_are_refused_before_anything_compiles(plasticity, message):
         make_program(_config(plasticity))
 
 
-def test_composites_on_recurrent_units_are_refused():
-    """Their running states are not there to be split; re-drawing them is another matter."""
+@pytest.mark.parametrize("name", ["knife", "redo"])
+def test_recurrent_units_are_treated_when_named(name):
+    """By composites and by re-drawing; a composite with shared outgoing weights cannot be."""
     recurrent = {"agent": {"recurrent": True, "hidden_size": 8}}
-    with pytest.raises(ValueError, match=r"no composites on agent/gru: recurrent units carry state"):
-        make_program(_config({"name": "knife", "layers": "agent/gru"}, **recurrent))
-    assert make_program(_config({"name": "redo", "layers": "agent/gru"}, **recurrent)).schedule.count > 0
+    assert make_program(_config({"name": name, "layers": "agent/gru"}, **recurrent)).schedule.count > 0
+    with pytest.raises(ValueError, match=r"plasticity\.options: layers: no composites on agent/gru: with shared outgoing weights"):
+        make_program(_config({"name": "knife", "layers": "agent/gru", "composite": "shared"}, **recurrent))
 
 
 def test_task_switches_need_more_than_one_task():

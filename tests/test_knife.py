@@ -167,7 +167,7 @@ def episode(widths, variant, optimizer, x64=False):
             if not x64:
                 noise = jax.vmap(lambda network: permutation_noise(network, graph, orders, now))(networks)
             state = firing(method.init(online), activity)
-            _, (online, target, opt_state), _ = method.apply(key, state, Trees(online, target, opt_state), tx)
+            _, (online, target, opt_state, _), _ = method.apply(key, state, Trees(online, target, opt_state), tx)
             after = jax.vmap(now)(stacked(online, target))
             online, opt_state = trained(tx, loss, online, opt_state, STEPS)
             return (online, polyak(online, target), opt_state), (before, after, noise)
@@ -307,7 +307,7 @@ def team(mixer, recurrent, layers="all", composite: Any = "separate", adv_layers
             before = jax.vmap(values)(networks)
             noise = jax.vmap(lambda network: permutation_noise(network, graph, orders, values))(networks)
             fired = firing(method.init(online), activity)
-            _, (online, target, opt_state), report = method.apply(key, fired, Trees(online, target, opt_state), tx)
+            _, (online, target, opt_state, _), report = method.apply(key, fired, Trees(online, target, opt_state), tx)
             after = jax.vmap(values)(stacked(online, target))
             online, opt_state = trained(tx, loss, online, opt_state, STEPS)
             treated = sum(value for name, value in report.items() if name.endswith("/treated"))
@@ -656,8 +656,8 @@ def test_layers_that_cannot_carry_composites():
     graph = make_graph(
         agents.neuron_layers(config), lambda key: {"agent": agent.init(key, views, starts, hidden)["params"]}, mixers.REFUSED
     )
-    with pytest.raises(ValueError, match="agent/gru: recurrent units"):
-        knife(graph, layers="agent/gru")
+    with pytest.raises(ValueError, match="agent/gru: with shared outgoing weights"):
+        knife(graph, layers="agent/gru", composite="shared")
     with pytest.raises(ValueError, match="mixer/mixing: the units of the monotone mixing layer"):
         knife(graph, layers="mixer/mixing")
     variables = graph.draw(jax.random.key(0))

@@ -161,7 +161,7 @@ def _apply(
     means = {name: _corrected(state.activation[name], state.age[name], settings.decay) for name in masks}
     online = _compensated(graph, masks, means, trees.variables)
     target = _compensated(graph, masks, means, trees.target) if settings.rule.target and trees.target is not None else trees.target
-    trees = recycle(graph, masks, key_draw, Trees(online, target, trees.opt_state), tx, settings.rule)
+    trees = recycle(graph, masks, key_draw, trees._replace(variables=online, target=target), tx, settings.rule)
 
     def started(values: dict[str, Array]) -> dict[str, Array]:
         return {name: jnp.where(masks[name], jnp.zeros_like(value), value) for name, value in values.items()}

@@ -122,7 +122,7 @@ def _apply(
     variables = {**trees.variables, "params": nested(new)}
     changed = nested(_changed(graph, leaves, treated, mode))
     opt_state = rewrite(tx, trees.opt_state, variables["params"], changed, rule.optimizer_state)
-    return jax.tree.map(jnp.zeros_like, state), Trees(variables, trees.target, opt_state), report
+    return jax.tree.map(jnp.zeros_like, state), trees._replace(variables=variables, opt_state=opt_state), report
 
 
 def _changed(graph: Graph, leaves: Flat, treated: dict[str, tuple[Array, Array]], mode: str) -> Flat:

@@ -111,7 +111,7 @@ def recycle(graph: Graph, masks: Masks, key: PRNGKeyArray, trees: Trees, tx: Any
     target = rewritten(trees.target) if rule.target and trees.target is not None else trees.target
     changed = {path: incoming[path] | outgoing[path] if rule.outgoing == "zeros" else incoming[path] for path in leaves}
     opt_state = rewrite(tx, trees.opt_state, online["params"], nested(changed), rule.optimizer_state)
-    return Trees(online, target, opt_state)
+    return trees._replace(variables=online, target=target, opt_state=opt_state)
 
 
 def limited(layer: NeuronLayer, candidates: Bool[Array, "*K H"], order: Float[Array, "*K H"], max_fraction: float) -> Bool[Array, "*K H"]:

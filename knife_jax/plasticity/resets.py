@@ -65,8 +65,9 @@ def _replaced(trees: Trees, online: Flat, target: Flat, tx: Any, treatment: Trea
     changed = {path: jnp.full(leaf.shape, path in online) for path, leaf in flat(params).items()}
     opt_state = rewrite(tx, trees.opt_state, params, nested(changed), treatment)
     if trees.target is None or not target:
-        return Trees(variables, trees.target, opt_state)
-    return Trees(variables, {**trees.target, "params": nested(flat(trees.target["params"]) | target)}, opt_state)
+        return trees._replace(variables=variables, opt_state=opt_state)
+    rewritten = {**trees.target, "params": nested(flat(trees.target["params"]) | target)}
+    return trees._replace(variables=variables, target=rewritten, opt_state=opt_state)
 
 
 def _numbers(leaves: Flat, chosen: list[Path]) -> Report:
