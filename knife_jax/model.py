@@ -110,7 +110,7 @@ def _width_factor(config: Config) -> float:
 
 
 def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
-    """Fresh `{"agent": ..., "mixer": ...}` parameters; no `mixer` where it has none, since empty subtrees have no place in `{path: leaf}`."""
+    """Fresh `{"agent": ..., "mixer": ...}` parameters; no `mixer` where it has none, as `{path: leaf}` holds no empty subtrees."""
     key_agent, key_mixer = jax.random.split(key)
     observation = _zero_observation(networks)
     num_agents = networks.env.num_agents

@@ -227,15 +227,17 @@ def naive(params, reserve, views, starts):
     ]
     slots = inputs["used"].shape[0]
     sign = jnp.concatenate([jnp.ones(SIZE + slots), -jnp.ones(slots)])
-    state, states = jnp.zeros((*views.shape[1:-1], SIZE + 2 * slots)), []
-    for now, start in zip(features, starts, strict=True):
+
+    def step(state, now):
+        features, start = now
         state = jnp.where(start[:, None, None], 0.0, state)
-        given = jnp.einsum("...i,igh->g...h", now, kernel) + biases[0][:, None, None]
+        given = jnp.einsum("...i,igh->g...h", features, kernel) + biases[0][:, None, None]
         read = jnp.einsum("...i,igh->g...h", state * sign[None, None], columns) + biases[1][:, None, None]
         reset, update = jax.nn.sigmoid(given[:2] + read[:2])
         state = (1 - update) * jnp.tanh(given[2] + reset * read[2]) + update * state
-        states.append(state)
-    everyone = jnp.stack(states)
+        return state, state
+
+    everyone = jax.lax.scan(step, jnp.zeros((*views.shape[1:-1], SIZE + 2 * slots)), (features, starts))[1]
     outgoing = jnp.concatenate([params["output"]["kernel"], reserve["agent/output"]["rows"]])
     return (everyone * sign[None, None, None]) @ outgoing + params["output"]["bias"][None, None, None], everyone
 
@@ -324,7 +326,7 @@ def test_other_methods_leave_running_states_alone():
 
 
 RUN = {
-    "env": {"name": "matrix", "scenario": "two_step"},
+    "env": {"name": "matrix", "scenario": "mmdp"},
     "learner": {"mixer": "vdn"},
     "agent": {"hidden_size": 6},
     "collect": {"num_envs": 4, "rollout_length": 3},
@@ -333,27 +335,36 @@ RUN = {
     "evaluation": {"episodes": 1, "per_task": 1},
     "optimizer": {"learning_rate": 1e-30},
 }
-CURE = {"name": "knife", "layers": ["agent"], "threshold": 1e9, "reserve": 1.0, "interval_updates": 2, "dead_units": False}
+CURE = {
+    "name": "knife",
+    "layers": ["agent"],
+    "threshold": 1e9,
+    "reserve": 1.0,
+    "interval_updates": 2,
+    "dead_units": False,
+    "diagnostics": False,
+}
+NO_CURE = {"name": "none", "diagnostics": False}
 
 
 def test_agents_at_play_do_not_notice():
-    """Through `make_train` with a learning rate of nothing, KNIFE on all agent units in the middle of episodes: the run without a cure.
+    """Through `make_train` with a learning rate of nothing, KNIFE on all agent units in the middle of one long episode: the run without.
 
     Every unit's first K carries on with the state that the unit has in the run without; what the agents do is the same.
     """
-    cure = CURE | {"layers": list(LAYERS), "repeat": False, "when_full": "skip", "diagnostics": False}
-    runs = [jax.jit(make_train(RUN | {"plasticity": plasticity}))(jax.random.key(1)) for plasticity in ({"name": "none"}, cure)]
+    cure = CURE | {"layers": list(LAYERS), "repeat": False, "when_full": "skip"}
+    runs = [jax.jit(make_train(RUN | {"plasticity": plasticity}))(jax.random.key(1)) for plasticity in (NO_CURE, cure)]
     plain, treated = (run["runner_state"] for run in runs)
     assert treated.learner.report["agent/gru/treated"] >= 4 and treated.learner.report["agent/hidden_1/treated"] >= 4
     links = treated.learner.reserve["agent/gru/input"]
-    assert not (np.asarray(plain.collector.actors.starts)).all()
+    assert not np.asarray(plain.collector.actors.starts).any() and runs[0]["metrics"]["train/episodes"][-1] == 0
     expected, got = np.asarray(plain.collector.actors.hidden), np.asarray(treated.collector.actors.hidden)
     assert got.shape[-1] == 3 * expected.shape[-1]
     kept = got[..., :6].copy()
     for slot in np.flatnonzero(links["used"]):
         kept[..., links["owner"][slot]] = got[..., 6 + slot]
     np.testing.assert_allclose(kept, expected, atol=1e-6)
-    for name in ("train/return", "train/q_tot", "train/loss", "eval/return"):
+    for name in ("train/q_tot", "train/loss", "train/td_error", "eval/return"):
         np.testing.assert_allclose(runs[1]["metrics"][name], runs[0]["metrics"][name], rtol=1e-4, atol=1e-6)
 
 
@@ -369,10 +380,10 @@ MATRIX = {
 
 
 def test_matrix_game_runs():
-    """Recurrent agents on a matrix game, KNIFE on their GRU again and again, with slots emptied when all are taken."""
-    out = jax.jit(make_train(MATRIX | {"plasticity": CURE | {"layers": "agent/gru", "when_full": "recycle"}}))(jax.random.key(0))
-    learned = out["runner_state"].learner
-    assert learned.report["agent/gru/treated"] > 6 and learned.report["agent/gru/recycled"] > 0
+    """Recurrent agents on a matrix game, two seeds, KNIFE on their GRU again and again, with slots emptied when all are taken."""
+    train = make_train(MATRIX | {"plasticity": CURE | {"layers": "agent/gru", "when_full": "recycle"}})
+    learned = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 2))["runner_state"].learner
+    assert (learned.report["agent/gru/treated"] > 6).all() and (learned.report["agent/gru/recycled"] > 0).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(learned.variables))
 
 
@@ -385,11 +396,12 @@ def test_the_reserve_never_moves_under_the_optimizer():
     def run(key):
         state = program.begin_task(program.init(key, hyper), jnp.int32(0), hyper)
         acting = program.networks.running_states(state.collector.actors.hidden)
-        learned, _ = learner.intervene(key, state.learner, acting, program.networks, hyper)
+        active = state.learner.cure._replace(window=jax.tree.map(jnp.ones_like, state.learner.cure.window))
+        learned, _ = learner.intervene(key, state.learner._replace(cure=active), acting, program.networks, hyper)
         return learned, program.train_rounds(state._replace(learner=learned), jnp.int32(0), hyper)[0]
 
     before, state = run(jax.random.key(2))
     assert 0 < state.counters.updates < 9 and before.report["agent/gru/treated"] > 0
     jax.tree.map(np.testing.assert_array_equal, before.reserve, state.learner.reserve)
-    kernels = [np.asarray(params["agent"]["gru"]["hidden_kernel"]) for params in (before.params, state.learner.params)]
+    kernels = [np.asarray(params["agent"]["gru"]["input"]["kernel"]) for params in (before.params, state.learner.params)]
     assert (kernels[0] != kernels[1]).any()
