@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from knife_jax import Config, learner, make_program, make_train
 from knife_jax.config import AgentConfig
 from knife_jax.networks import agents
+from knife_jax.networks.neurons import Dense, GateProjection
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.composite import gather, scatter
 from knife_jax.plasticity.graph import flat, make_graph, nested
@@ -309,6 +311,31 @@ def test_running_states_are_asked_for():
     views, starts = jnp.zeros((1, 1, TEAM, INPUTS)), jnp.zeros((1, 1), bool)
     with pytest.raises(ValueError, match=r"hidden: agent/gru has a reserve and 18 running states .*, got 6"):
         unroller(method)(variables, views, starts, agents.initial_hidden(CONFIG, (1, TEAM)))
+
+
+class Handmade(nn.Module):
+    """Recurrent units that are not those of `GRU`."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        """Values."""
+        kernel = self.param("hidden_kernel", nn.initializers.normal(), (SIZE, 3, SIZE))
+        bias = self.param("hidden_bias", nn.initializers.normal(), (3, SIZE))
+        gates = GateProjection(SIZE, name="input")(inputs) + bias.reshape(1, -1)
+        return Dense(ACTIONS, name="output")(gates[..., :SIZE] @ kernel[:, 0])
+
+
+def test_only_the_gru_is_known():
+    """A graph may declare recurrent units of any module; composites say so where that module does not take frozen units along."""
+    module, inputs = Handmade(), jnp.zeros((2, INPUTS))
+    (units,) = (layer for layer in agents.neuron_layers(CONFIG) if layer.kind == "gru")
+    paths = {"incoming": units.incoming, "biases": units.biases, "outgoing": units.outgoing, "outgoing_biases": units.outgoing_biases}
+    moved = {name: tuple(tuple(part for part in path if part != "gru") for path in group) for name, group in paths.items()}
+    graph = make_graph([units._replace(**moved)], lambda key: {"agent": module.init(key, inputs)["params"]})
+    method = knife(graph, layers="agent/gru", reserve=1.0)
+    variables = method.allocate({"params": graph.draw(jax.random.key(0))})
+    with pytest.raises(ValueError, match=r"agent/gru: composites on recurrent units are known to the module networks\.neurons\.GRU alone"):
+        method.lift(module.apply, ("agent",))(variables | {"params": variables["params"]["agent"]}, inputs)
 
 
 def test_other_methods_leave_running_states_alone():

@@ -60,6 +60,7 @@ class _Call:
         self.modules = {path: module for path, module in frozen.modules(graph).items() if path[: len(prefix)] == prefix}
         self.weights: dict[Path, Effective] = {}
         self.made: dict[str, tuple[Array, Array]] = {}
+        self.projected: dict[str, tuple[Array, Array]] = {}
         self.entered: dict[int, tuple[Array, Array, Array | None]] = {}
 
     def extend(self, params: Any) -> Any:
@@ -103,7 +104,8 @@ class _Call:
         if module.target and weights.knowledge is not None:
             read = inputs if added is None or weights.rows is None else jnp.concatenate([inputs, added], axis=-1)
             function = _over_stack(frozen.frozen_units, module, (getattr(context.module, "stacked_input", False), True))
-            self.made[module.target.name] = function(read, outputs, weights)
+            made = self.projected if module.target.kind == "gru" else self.made
+            made[module.target.name] = function(read, outputs, weights)
         return outputs
 
     def _unroll(self, module: Module, call: Apply, projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> Any:
@@ -117,7 +119,7 @@ class _Call:
             raise ValueError(f"hidden: {layer.name} has a reserve and {size} running states (Method.state_sizes), got {hidden.shape[-1]}")
         weights = weights._replace(kernel=kernel.reshape(layer.size, -1))
         read = partial(frozen.read_states, bias=bias.reshape(-1), weights=weights, block=block)
-        knowledge, compensation = self.made[layer.name]
+        knowledge, compensation = self.projected[layer.name]
         states, last = unroll_gates(read, frozen.join_gates(projected, knowledge, compensation), starts, hidden)
         live, knowledge, compensation = frozen.split_states(states, layer.size)
         self.made[layer.name] = knowledge, compensation
@@ -129,6 +131,8 @@ class _Call:
             return self.entered[id(live)][1:]
         inputs, added = self._tapped(layer.name, live), None
         block = frozen.links_of(self.reserve, layer)
+        if block is not None and layer.kind == "gru" and layer.name not in self.made:
+            raise ValueError(f"{layer.name}: composites on recurrent units are known to the module networks.neurons.GRU alone")
         if block is not None and layer.name in self.made:
             activation = layer.activation if layer.kind == "dense" else _identity
             knowledge, compensation = (
