@@ -72,7 +72,7 @@ class Networks(NamedTuple):
 
 def _of(name: str, variables: Variables) -> Variables:
     """What one of the two networks sees of the variables."""
-    own = {**variables, "params": variables["params"].get(name, {})}
+    own = {**variables, "params": variables["params"][name]}
     if "tap_mask" in variables:
         own["tap_mask"] = variables["tap_mask"][name]
     return own
@@ -110,7 +110,7 @@ def _width_factor(config: Config) -> float:
 
 
 def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
-    """Fresh `{"agent": ..., "mixer": ...}` parameters; no `mixer` where it has none, as `{path: leaf}` holds no empty subtrees."""
+    """Fresh `{"agent": ..., "mixer": ...}` parameters."""
     key_agent, key_mixer = jax.random.split(key)
     observation = _zero_observation(networks)
     num_agents = networks.env.num_agents
@@ -121,8 +121,7 @@ def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
     values = jnp.zeros((1, 1, num_agents))
     actions = jnp.zeros((1, 1, num_agents, networks.env.num_actions))
     mixer = networks.mixer.init(key_mixer, MixerInputs(values, values, actions, mixer_state(observation, task)))
-    params = {"agent": agent["params"], "mixer": mixer.get("params", {})}
-    return {name: network for name, network in params.items() if network}
+    return {"agent": agent["params"], "mixer": mixer.get("params", {})}
 
 
 def observe(networks: Networks, record: Any, task: Int[Array, "*N"]) -> Observation:

@@ -49,15 +49,6 @@ def test_every_method_is_part_of_the_one_program(name):
     assert any(measure.startswith("cure/") for measure in out["metrics"]) == scheduled
 
 
-@pytest.mark.parametrize("mixer", ["none", "vdn"])
-@pytest.mark.parametrize("name", ["knife", "redo", "reset", "shrink_perturb"])
-def test_mixers_without_parameters_can_be_cured(name, mixer):
-    """Where only the agents have weights, cures rewrite these."""
-    config = _config({"name": name, "interval_updates": 20, "diagnostics": False}, learner={"mixer": mixer})
-    learned = jax.eval_shape(make_train(config), jax.random.key(0))["runner_state"].learner
-    assert set(learned.params) == {"agent"} and learned.report
-
-
 def test_units_treated_once_are_left_alone_where_asked():
     """With `repeat: false` a layer of 8 is treated for good after four interventions of 2, although there are more."""
     config = _config({**ALWAYS, "repeat": False})
