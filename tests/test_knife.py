@@ -71,8 +71,8 @@ def random_activity(rng, graph, share, *leading):
 
 
 def random_orders(rng, graph, *leading):
-    """Three random orders of the units of every layer."""
-    return {layer.name: jnp.asarray(rng.random((*leading, 3, layer.size)).argsort(-1)) for layer in graph.layers}
+    """Eight random orders of the units of every layer."""
+    return {layer.name: jnp.asarray(rng.random((*leading, 8, layer.size)).argsort(-1)) for layer in graph.layers}
 
 
 def permuted(variables, layer, graph, order):
@@ -329,16 +329,18 @@ def team(mixer, recurrent, layers="all", composite: Any = "separate", adv_layers
     return seeded
 
 
-def check_team(record):
+def check_team(record, scale):
     """Values stay, the mixer keeps its promises.
 
-    Where weights are 20 times their initial scale, a recurrent network amplifies any rounding and the parts of Q_tot cancel, so that
-    permuting units changes more than 1e-6; a few times that is allowed.
+    Where weights are 20 times their initial scale, a recurrent agent amplifies any rounding, of Q_i to 2e-6 or 3e-6 of the largest, and
+    the parts of QPLEX's Q_tot cancel, so that permuting its units changes up to 4e-5. There, 5e-6 is allowed, and 6 times the most that
+    eight permutations change.
     """
     before, after, noise, promised, treated = record
+    tolerance, times = (5e-6, 6.0) if scale > 1 else (1e-6, 0.0)
     for old, new, changed in zip(before, after, noise, strict=True):
         old, new = (np.reshape(values, (3, 2, TIME * BATCH, -1)) for values in (old, new))
-        assert_same(old, new, allowed=6 * changed)
+        assert_same(old, new, tolerance, times * changed)
     assert (treated[0] > 0).all()
     assert promised.min() >= 0
 
@@ -350,7 +352,7 @@ def check_team(record):
 def test_agents_and_mixers_stay(mixer, recurrent, layers):
     """Q_i and Q_tot of recurrent agents, stacked kernels; QMIX stays monotone, QPLEX keeps IGM, through firings and updates."""
     for seed, scale in enumerate((0.05, 1.0, 20.0)):
-        check_team(team(mixer, recurrent, layers)(seed, scale))
+        check_team(team(mixer, recurrent, layers)(seed, scale), scale)
 
 
 @pytest.mark.slow
@@ -360,7 +362,7 @@ def test_agents_and_mixers_stay(mixer, recurrent, layers):
 def test_agents_and_mixers_stay_in_every_variant(mixer, recurrent, composite):
     """The same, deeper and over more networks."""
     for seed, scale in itertools.product(range(10), (0.05, 1.0, 20.0)):
-        check_team(team(mixer, recurrent, "all", composite, adv_layers=3)(seed, scale))
+        check_team(team(mixer, recurrent, "all", composite, adv_layers=3)(seed, scale), scale)
 
 
 class Small:
