@@ -51,7 +51,7 @@ def permuted(variables, layer, graph, order):
         if "columns" in reserve.get(name, {}):
             columns = reserve[name]["columns"]
             reserve[name] = reserve[name] | {"columns": jnp.concatenate([columns[..., order, :], columns[..., size:, :]], axis=-2)}
-    return {"params": nested(leaves), "reserve": frozen.prepare(graph, reserve)}
+    return {"params": nested(leaves, variables["params"]), "reserve": frozen.prepare(graph, reserve)}
 
 
 def permutation_noise(variables, graph, orders, function):

@@ -124,11 +124,12 @@ def replace(trees: Trees, new: Callable[[Flat], Flat], changed: Flat, tx: Any, r
 
     def renewed(variables: Variables) -> Variables:
         leaves = flat(variables["params"])
-        return {**variables, "params": nested(leaves | new(leaves))}
+        return {**variables, "params": nested(leaves | new(leaves), variables["params"])}
 
     online = renewed(trees.variables)
     target = renewed(trees.target) if rule.target and trees.target is not None else trees.target
-    return Trees(online, target, rewrite(tx, trees.opt_state, online["params"], nested(changed), rule.optimizer_state))
+    params = online["params"]
+    return Trees(online, target, rewrite(tx, trees.opt_state, params, nested(changed, params), rule.optimizer_state))
 
 
 def limited(layer: NeuronLayer, candidates: Bool[Array, "*K H"], order: Float[Array, "*K H"], max_fraction: float) -> Bool[Array, "*K H"]:
