@@ -94,7 +94,7 @@ def permuted(variables, layer, graph, order):
     own = tuple(made(read(end)) for end in side.own)
     side = side._replace(links=links, makers=tuple(map(made, side.makers)), own=own, readers=tuple(map(read, side.readers)))
     leaves, reserve = scatter(flat(variables["params"]), variables["reserve"], layer, modules, side)
-    return {"params": nested(leaves), "reserve": frozen.prepare(graph, reserve)}
+    return {"params": nested(leaves, variables["params"]), "reserve": frozen.prepare(graph, reserve)}
 
 
 def permutation_noise(variables, graph, orders, function):

@@ -195,4 +195,4 @@ def _compensated(graph: Graph, masks: Masks, means: dict[str, Array], variables:
             if bias is not None:
                 given = jnp.einsum("...h,...ho->...o", lost, outgoing_view(leaves[kernel], layer))
                 compensated[bias] = compensated[bias] + given.reshape(leaves[bias].shape)
-    return {**variables, "params": nested(compensated)}
+    return {**variables, "params": nested(compensated, variables["params"])}

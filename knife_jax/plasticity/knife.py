@@ -304,10 +304,10 @@ class _Operation:
         """The trees afterwards, with the optimizer's state treated."""
         olds = [variables for variables in (self.trees.variables, self.trees.target) if variables is not None]
         done = [
-            {**old, "params": nested(leaves), "reserve": frozen.prepare(self.graph, reserve)}
+            {**old, "params": nested(leaves, old["params"]), "reserve": frozen.prepare(self.graph, reserve)}
             for old, (leaves, reserve) in zip(olds, self.sides, strict=True)
         ]
-        params, rewritten = done[0]["params"], nested(self.rewritten)
+        params, rewritten = done[0]["params"], nested(self.rewritten, self.trees.variables["params"])
         opt_state = rewrite(tx, self.trees.opt_state, params, rewritten, self.settings.optimizer_state)
         return Trees(done[0], done[1] if len(done) > 1 else None, opt_state, None if self.trees.states is None else self.states)
 

@@ -76,7 +76,7 @@ class _Call:
             weights = self._effective(module, frozen.matrix(leaves[kernel], module), shift)
             leaves[kernel] = weights.kernel.reshape(leaves[kernel].shape)
             self.weights[path] = weights
-        return nested(leaves)
+        return nested(leaves, params)
 
     def _effective(self, module: Module, kernel: Array, bias: Array | None) -> Effective:
         function = frozen.effective
