@@ -14,7 +14,7 @@ from envs.base import Environment, EnvParams, Observation, Outcome
 from envs.wrappers import AutoReset, EpisodeStatistics, IdleAfterEnd
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper, Networks, task_code
-from knife_jax.networks.agents import agent_inputs, initial_hidden, mask_unavailable
+from knife_jax.networks.agents import agent_inputs, mask_unavailable
 from knife_jax.plasticity.method import Variables
 from knife_jax.replay import Continuation, Slot, cut_ends, starts_after
 
@@ -23,7 +23,7 @@ class ActorState(NamedTuple):
     """Where the environments are, and what the agents remember, between slots."""
 
     env: Any
-    hidden: Float[Array, "E A H"]
+    hidden: Float[Array, "E A S"]
     last_actions: Int[Array, "E A"]
     starts: Bool[Array, "E"]
 
@@ -45,7 +45,7 @@ def init_actors(key: PRNGKeyArray, networks: Networks, env: Environment, num_env
     """Fresh episodes of one task in `num_envs` environments, and empty memories."""
     state = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)
     agents = (num_envs, env.num_agents)
-    return ActorState(state, initial_hidden(networks.config.agent, agents), jnp.zeros(agents, jnp.int32), jnp.ones(num_envs, bool))
+    return ActorState(state, networks.initial_hidden(agents), jnp.zeros(agents, jnp.int32), jnp.ones(num_envs, bool))
 
 
 def explore(

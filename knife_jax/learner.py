@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Observation
 from knife_jax.config import Config
-from knife_jax.model import Hyper, Networks, Params, draw_params, mixer_state, observe, task_code
-from knife_jax.networks.agents import agent_inputs, initial_hidden, mask_unavailable
+from knife_jax.model import Hyper, Networks, Params, States, draw_params, mixer_state, observe, task_code
+from knife_jax.networks.agents import agent_inputs, mask_unavailable
 from knife_jax.networks.mixers import MixerInputs
 from knife_jax.plasticity.method import Trees, Variables, keep_state, no_penalty
 from knife_jax.replay import Continuation, Sequences
@@ -83,7 +83,7 @@ def init(key: PRNGKeyArray, networks: Networks, hyper: Hyper) -> LearnerState:
     params, reserve = variables["params"], variables["reserve"]
     opt_state = cure.wrap_optimizer(make_optimizer(networks.config, hyper)).init(params)
     state = LearnerState(params, params, opt_state, reserve, reserve, cure.init(variables), {})
-    said = jax.eval_shape(lambda state: intervene(jax.random.key(0), state, networks, hyper).report, state)
+    said = jax.eval_shape(partial(_report, networks=networks, hyper=hyper), state)
     return state._replace(report=jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), said))
 
 
@@ -220,20 +220,34 @@ def error_gradient(metrics: Metrics) -> Float[Array, ""]:
     return 2 * metrics["loss"] / jnp.maximum(metrics["td_error"], 1e-12)
 
 
-def intervene(key: PRNGKeyArray, state: LearnerState, networks: Networks, hyper: Hyper) -> LearnerState:
-    """Lets the cure rewrite both networks and the optimizer's state.
+def intervene(key: PRNGKeyArray, state: LearnerState, acting: States, networks: Networks, hyper: Hyper) -> tuple[LearnerState, States]:
+    """Lets the cure rewrite both networks, the optimizer's state, and the memory of agents at play.
 
     What it reports is added to `state.report`, except for states of affairs (`reserve_in_use`), which are kept as they are.
+
+    Args:
+        key: for what it draws.
+        state: the learner.
+        acting: see `Networks.running_states`.
+        networks: the modules.
+        hyper: sweepable numbers.
     """
     cure = networks.cure(hyper)
     optimizer = cure.wrap_optimizer(make_optimizer(networks.config, hyper))
-    trees = Trees(state.variables, state.target_variables, state.opt_state)
+    trees = Trees(state.variables, state.target_variables, state.opt_state, acting)
     memory, trees, said = cure.apply(key, state.cure, trees, optimizer)
-    assert trees.target is not None and trees.opt_state is not None
+    assert trees.target is not None and trees.opt_state is not None and trees.states is not None
     before = state.report or said
     report = {name: value if name.endswith("in_use") else before[name] + value for name, value in said.items()}
     online, target = trees.variables, trees.target
-    return LearnerState(online["params"], target["params"], trees.opt_state, online["reserve"], target["reserve"], memory, report)
+    state = LearnerState(online["params"], target["params"], trees.opt_state, online["reserve"], target["reserve"], memory, report)
+    return state, trees.states
+
+
+def _report(state: LearnerState, networks: Networks, hyper: Hyper) -> Metrics:
+    """What an intervention says, with nobody at play."""
+    nobody = networks.running_states(networks.initial_hidden((0,)))
+    return intervene(jax.random.key(0), state, nobody, networks, hyper)[0].report
 
 
 def update_target(state: LearnerState, networks: Networks, updates: Int[Array, ""], hyper: Hyper) -> LearnerState:
@@ -254,8 +268,7 @@ def _towards(tau: Array | float, old: Array, new: Array) -> Array:
 
 
 def _unroll(variables: Variables, networks: Networks, inputs: Array, batch: Sequences) -> Array:
-    hidden = initial_hidden(networks.config.agent, inputs.shape[1:-1])
-    values, _ = networks.apply_agent(variables, inputs, batch.starts, hidden)
+    values, _ = networks.apply_agent(variables, inputs, batch.starts, networks.initial_hidden(inputs.shape[1:-1]))
     return jnp.asarray(values)
 
 

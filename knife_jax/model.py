@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
 from knife_jax.networks import agents, mixers
-from knife_jax.networks.agents import AgentNetwork, agent_inputs, initial_hidden
+from knife_jax.networks.agents import RECURRENT, AgentNetwork, agent_inputs, initial_hidden
 from knife_jax.networks.mixers import MixerInputs, make_mixer
 from knife_jax.plasticity import registry
 from knife_jax.plasticity.graph import Graph, make_graph
@@ -21,6 +21,7 @@ from knife_jax.plasticity.method import Method, Variables
 
 Params = Any
 Hyper = dict[str, dict[str, Any]]
+States = dict[str, Array]
 
 
 class Networks(NamedTuple):
@@ -51,6 +52,14 @@ class Networks(NamedTuple):
     def apply_mixer(self, variables: Variables, inputs: MixerInputs) -> Array:
         """The mixer under the same."""
         return jnp.asarray(self._lifted("mixer", self.mixer)(_of("mixer", variables), inputs))
+
+    def initial_hidden(self, batch: tuple[int, ...]) -> Float[Array, "*N S"]:
+        """Zero memory for a batch of agents under the cure."""
+        return initial_hidden(self.config.agent, batch, self.cure(self.config.hyper).state_sizes.get(RECURRENT))
+
+    def running_states(self, hidden: Float[Array, "*N S"]) -> States:
+        """What the cure must be passed of the memory of agents at play; nothing for most cures."""
+        return {RECURRENT: hidden} if RECURRENT in self.cure(self.config.hyper).state_sizes else {}
 
     def cure(self, hyper: Hyper) -> Method:
         """The cure that the configuration names, with numbers from `hyper`."""

@@ -14,7 +14,8 @@ from envs.wrappers import AutoReset
 from knife_jax import collect, diagnose, learner, replay
 from knife_jax.config import Config
 from knife_jax.learner import LearnerState, Metrics
-from knife_jax.model import Hyper, Networks, make_networks
+from knife_jax.model import Hyper, Networks, States, make_networks
+from knife_jax.networks.agents import RECURRENT
 from knife_jax.plan import Plan, Schedule, make_game, make_plan, make_schedule
 from knife_jax.plasticity.method import Variables, no_intervention
 
@@ -38,6 +39,20 @@ class RunnerState(NamedTuple):
     counters: Counters
     key: PRNGKeyArray
     stagnant: diagnose.Masks
+
+
+class Learning(NamedTuple):
+    """What the gradient steps of a round change.
+
+    Attributes:
+        learner: the learner.
+        updates: gradient steps so far.
+        acting: the memory of the agents at play, as far as an intervention rewrites it.
+    """
+
+    learner: LearnerState
+    updates: Int[Array, ""]
+    acting: States
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,9 @@ class Program:
             learned = learned._replace(opt_state=optimizer.init(learned.params))
         if self._intervenes(hyper) == "task_switch":
             key, key_cure = jax.random.split(key)
-            learned = self._intervene_if(state.counters.updates > 0, key_cure, learned, hyper)
+            acting = self.networks.running_states(collector.actors.hidden)
+            learned, acting = self._intervene_if(state.counters.updates > 0, key_cure, learned, acting, hyper)
+            collector = _acting_on(collector, acting)
         return RunnerState(learned, collector, stored, state.counters, key, state.stagnant)
 
     def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Metrics]:
@@ -141,8 +158,10 @@ class Program:
             return "every_update"
         return "interval" if self.schedule.every_updates is not None else "task_switch"
 
-    def _intervene_if(self, due: Array, key: PRNGKeyArray, learned: LearnerState, hyper: Hyper) -> LearnerState:
-        return jax.lax.cond(due, lambda: learner.intervene(key, learned, self.networks, hyper), lambda: learned)
+    def _intervene_if(
+        self, due: Array, key: PRNGKeyArray, learned: LearnerState, acting: States, hyper: Hyper
+    ) -> tuple[LearnerState, States]:
+        return jax.lax.cond(due, lambda: learner.intervene(key, learned, acting, self.networks, hyper), lambda: (learned, acting))
 
     def _is_due(self, updates: Array) -> Array:
         """Whether an intervention comes before the gradient step after so many."""
@@ -174,34 +193,34 @@ class Program:
         if mode == "rollout":
             rollout = collect.cut_rollout(rollout)
         stored = replay.add(state.replay, rollout)
-        learned, updates, summed = self._learn(key_learn, state, stored, hyper)
-        counters = Counters(state.counters.rounds + 1, updates)
-        return RunnerState(learned, collector, stored, counters, key, state.stagnant), (played, summed)
+        start = Learning(state.learner, state.counters.updates, self.networks.running_states(collector.actors.hidden))
+        learning, summed = self._learn(key_learn, start, stored, hyper)
+        counters = Counters(state.counters.rounds + 1, learning.updates)
+        collector = _acting_on(collector, learning.acting)
+        return RunnerState(learning.learner, collector, stored, counters, key, state.stagnant), (played, summed)
 
-    def _learn(
-        self, key: PRNGKeyArray, state: RunnerState, stored: replay.ReplayState, hyper: Hyper
-    ) -> tuple[LearnerState, Array, Metrics]:
+    def _learn(self, key: PRNGKeyArray, start: Learning, stored: replay.ReplayState, hyper: Hyper) -> tuple[Learning, Metrics]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
         settings, plan, intervenes = self.config, self.plan, self._intervenes(hyper)
 
-        def one_update(carry: tuple[LearnerState, Array], key: PRNGKeyArray) -> tuple[tuple[LearnerState, Array], Metrics]:
-            learned, updates = carry
+        def one_update(carry: Learning, key: PRNGKeyArray) -> tuple[Learning, Metrics]:
+            learned, updates, acting = carry
             batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
             batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)
             if intervenes == "interval":
-                learned = self._intervene_if(self._is_due(updates), jax.random.fold_in(key, _CURE), learned, hyper)
+                learned, acting = self._intervene_if(self._is_due(updates), jax.random.fold_in(key, _CURE), learned, acting, hyper)
             learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)
             if intervenes == "every_update":
-                learned = learner.intervene(jax.random.fold_in(key, _CURE), learned, self.networks, hyper)
-            return (learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1), metrics
+                learned, acting = learner.intervene(jax.random.fold_in(key, _CURE), learned, acting, self.networks, hyper)
+            return Learning(learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1, acting), metrics
 
-        def learn() -> tuple[LearnerState, Array, Metrics]:
+        def learn() -> tuple[Learning, Metrics]:
             keys = jax.random.split(key, settings.train.updates_per_round)
-            (learned, updates), metrics = jax.lax.scan(one_update, (state.learner, state.counters.updates), keys)
-            return learned, updates, jax.tree.map(lambda values: values.sum(axis=0), metrics)
+            learning, metrics = jax.lax.scan(one_update, start, keys)
+            return learning, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
-        def skip() -> tuple[LearnerState, Array, Metrics]:
-            return state.learner, state.counters.updates, _blank(jax.eval_shape(learn)[2])
+        def skip() -> tuple[Learning, Metrics]:
+            return start, _blank(jax.eval_shape(learn)[1])
 
         return jax.lax.cond(self._can_learn(stored), learn, skip)
 
@@ -216,6 +235,12 @@ def make_program(config: Config) -> Program:
     plan = make_plan(config, env)
     schedule = make_schedule(config, plan, len(tasks.order))
     return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
+
+
+def _acting_on(collector: collect.CollectorState, acting: States) -> collect.CollectorState:
+    """The collector with the memory that an intervention left."""
+    actors = collector.actors
+    return collector._replace(actors=actors._replace(hidden=acting.get(RECURRENT, actors.hidden)))
 
 
 def _train_metrics(played: Metrics, learned: Metrics, updates: Array) -> Metrics:

@@ -10,6 +10,8 @@ from knife_jax.runner import RunResult
 
 SMALL = ["--preset", "matrix_drift", "--env.scenario", "custom", "--env.options", "{payoff: [[1, 0], [0, 2]]}", "--agent.hidden_size", "8"]
 SHORT = [
+    "--learner.mixer",
+    "vdn",
     "--train.env_steps_per_task",
     "480",
     "--evaluation.per_task",

@@ -34,6 +34,27 @@ HUNTING = {
     "train": {"env_steps_per_task": 256},
 }
 SMAX = {**HUNTING, "env": {"name": "smax", "scenario": "3m"}}
+VDN = {"learner": {"mixer": "vdn"}}
+"""For what does not depend on the mixer; compiles faster."""
+UNSCHEDULED = ("none", "l2_init", "spectral", "weight_decay", "layer_norm", "wide_none")
+"""Methods that act through the loss or the network."""
+_COMPOSITES = (
+    "knife",
+    "random_neurons",
+    "knife_without_knowledge",
+    "knife_without_active",
+    "knife_without_compensation",
+    "freeze_and_zero",
+)
+EAGER = {
+    **{name: {"threshold": 1e9, "when_full": "skip"} for name in _COMPOSITES},
+    "redo": {"tau": 1e9},
+    "regrama": {"tau": 1e9},
+    "reborn": {"tau": 0.9, "beta": 1.1},
+    "continual_backprop": {"rho": 0.5, "maturity": 0},
+    "self_normalized_resets": {"max_threshold": 1.01},
+}
+"""Options with which methods treat units that are well."""
 
 
 def _config(plasticity, **sections):
@@ -43,17 +64,17 @@ def _config(plasticity, **sections):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_part_of_the_one_program(name):
     """The whole run traces with every cure at its defaults, and returns what it did."""
-    out = jax.eval_shape(make_train(_config({"name": name, "interval_updates": 20, "diagnostics": False})), jax.random.key(0))
+    config = _config({"name": name, "interval_updates": 20, "diagnostics": False}, **VDN)
+    out = jax.eval_shape(make_train(config), jax.random.key(0))
     assert out["metrics"]["eval/won"].shape == (18,)
-    scheduled = name not in ("none", "l2_init", "spectral", "weight_decay", "layer_norm", "wide_none")
-    assert any(measure.startswith("cure/") for measure in out["metrics"]) == scheduled
+    assert any(measure.startswith("cure/") for measure in out["metrics"]) == (name not in UNSCHEDULED)
 
 
 def test_units_treated_once_are_left_alone_where_asked():
     """With `repeat: false` a layer of 8 is treated for good after four interventions of 2, although there are more."""
-    config = _config({**ALWAYS, "repeat": False})
+    config = _config({**ALWAYS, "repeat": False}, **VDN)
     program, state, _ = _learned(config)
-    intervene = jax.jit(lambda key, state: learner.intervene(key, state, program.networks, config.hyper))
+    intervene = jax.jit(lambda key, state: learner.intervene(key, state, {}, program.networks, config.hyper)[0])
     learned = state.learner
     for number in range(6):
         window = jax.tree.map(jnp.ones_like, learned.cure.window)
@@ -61,16 +82,29 @@ def test_units_treated_once_are_left_alone_where_asked():
     assert (learned.report["agent/hidden_1/treated"], learned.report["agent/hidden_1/reserve_in_use"]) == (8, 8)
 
 
+def run_to_the_end(name, game):
+    """Recurrent agents and QMIX: the cure acted, the last evaluation is there, everything is finite."""
+    out = jax.jit(make_train({**game, "plasticity": {"name": name, "interval_updates": 2, **EAGER.get(name, {})}}))(jax.random.key(0))
+    learned, metrics = out["runner_state"].learner, out["metrics"]
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((learned.variables, learned.target_variables)))
+    assert all(np.isfinite(metrics[measure][-1]) for measure in ("train/loss", "train/grad_norm", "eval/return"))
+    treated = [value for measure, value in learned.report.items() if measure.endswith("/treated")]
+    assert bool(treated) == (name not in UNSCHEDULED)
+    assert not treated or sum(treated) > 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("game", [HUNTING, SMAX], ids=["predator_prey", "smax"])
-@pytest.mark.parametrize("name", ["knife", "redo", "reborn", "reset", "plasticity_injection", "continual_backprop"])
-def test_methods_run_on_the_real_games(name, game):
-    """Recurrent agents and QMIX, with the cure acting several times; everything stays finite."""
-    section = {"name": name, "interval_updates": 2}
-    out = jax.jit(make_train({**game, "plasticity": section | ({"when_full": "skip"} if name == "knife" else {})}))(jax.random.key(0))
-    learned = out["runner_state"].learner
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(learned.variables))
-    assert learned.report
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_on_predator_prey(name):
+    """See `run_to_the_end`."""
+    run_to_the_end(name, HUNTING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["knife", "redo", "reset", "layer_norm"])
+def test_methods_run_on_smax(name):
+    """One of every family: composites, units drawn anew, whole parameters, and what acts through the loss or the network."""
+    run_to_the_end(name, SMAX)
 
 
 def _gradient_step_without_cure(params, target, opt_state, networks, batch, hyper):
@@ -139,7 +173,7 @@ def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composit
         return learner.team_values(state.variables, state.target_variables, networks, batch, observation).online, swapped
 
     step = jax.jit(lambda state: learner.gradient_step(state, networks, batch, hyper)[0])
-    intervene = jax.jit(lambda key, state: learner.intervene(key, state, networks, hyper))
+    intervene = jax.jit(lambda key, state: learner.intervene(key, state, {}, networks, hyper)[0])
     learned = state.learner
     for number in range(3):
         for _ in range(3):
@@ -154,7 +188,7 @@ def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composit
 
 def test_interventions_come_on_schedule_and_seeds_are_treated_apart():
     """Every 40 steps of 114 (three tasks of 38): two interventions, on each seed's own units; the threshold may be swept."""
-    config = _config({**ALWAYS, "interval_updates": 40}, env={"name": "matrix", "tasks": ({"payoff": [[1, 0], [0, 2]]},) * 3})
+    config = _config({**ALWAYS, "interval_updates": 40}, env={"name": "matrix", "tasks": ({"payoff": [[1, 0], [0, 2]]},) * 3}, **VDN)
     train = make_train(config)
     thresholds = {"plasticity": {"threshold": jnp.array([0.0, 1e9])}}
     out = jax.jit(jax.vmap(jax.vmap(train, in_axes=(0, None)), in_axes=(None, {"plasticity": {"threshold": 0}})))(
@@ -171,7 +205,7 @@ def test_interventions_come_on_schedule_and_seeds_are_treated_apart():
 
 def test_cond_survives_with_a_cure_on_schedule():
     """Under a vmap over seeds the intervention stays a branch, as learning and diagnosis do."""
-    train = make_train(_config({**ALWAYS, "interval_updates": 10, "diagnostics": True}))
+    train = make_train(_config({**ALWAYS, "interval_updates": 10, "diagnostics": True}, **VDN))
     single = jax.make_jaxpr(train)(jax.random.key(0))
     seeds = jax.make_jaxpr(jax.vmap(train))(jax.random.split(jax.random.key(0), 3))
     conds = len(re.findall(r"\bcond\[", str(single)))
@@ -197,7 +231,8 @@ def test_averaged_targets_cover_the_reserve():
     """Polyak averaging moves the target's frozen numbers towards the online ones and leaves the links between neurons alone."""
     config = _config(ALWAYS, learner={"mixer": "qmix", "target_update": "polyak", "polyak_tau": 0.25})
     program, state, _ = _learned(config)
-    learned = learner.intervene(jax.random.key(0), state.learner, program.networks, config.hyper)
+    intervene = jax.jit(lambda state: learner.intervene(jax.random.key(0), state, {}, program.networks, config.hyper)[0])
+    learned = intervene(state.learner)
     other = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, learned.target_reserve)
     moved = learner.update_target(learned._replace(target_reserve=other), program.networks, jnp.int32(1), config.hyper)
     for name, block in learned.reserve.items():
@@ -245,12 +280,13 @@ def test_bad_cures_are_refused_before_anything_compiles(plasticity, message):
         make_program(_config(plasticity))
 
 
-def test_composites_on_recurrent_units_are_refused():
-    """Their running states are not there to be split; re-drawing them is another matter."""
+@pytest.mark.parametrize("name", ["knife", "redo"])
+def test_recurrent_units_are_treated_when_named(name):
+    """By composites and by re-drawing; a composite with shared outgoing weights cannot be."""
     recurrent = {"agent": {"recurrent": True, "hidden_size": 8}}
-    with pytest.raises(ValueError, match=r"no composites on agent/gru: recurrent units carry state"):
-        make_program(_config({"name": "knife", "layers": "agent/gru"}, **recurrent))
-    assert make_program(_config({"name": "redo", "layers": "agent/gru"}, **recurrent)).schedule.count > 0
+    assert make_program(_config({"name": name, "layers": "agent/gru"}, **recurrent)).schedule.count > 0
+    with pytest.raises(ValueError, match=r"plasticity\.options: layers: no composites on agent/gru: with shared outgoing weights"):
+        make_program(_config({"name": "knife", "layers": "agent/gru", "composite": "shared"}, **recurrent))
 
 
 def test_task_switches_need_more_than_one_task():

@@ -1,5 +1,6 @@
 """Targets and losses: the table of TD(lambda) returns, and the same numbers through the real collector, replay and learner."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -88,15 +89,22 @@ def _known_values(state):
     return {**state.params, "agent": agent}
 
 
-def _collected(config, networks, task, length, rollouts):
-    """A replay filled by the real collector, and freshly drawn learner state, compiled."""
-    return jax.jit(lambda: _collect(config, networks, task, length, rollouts))()
+@functools.cache
+def _probe_collector(mode, length, rollouts):
+    """The compiled collection on the probe game by task; the learner's numbers play no part in it."""
+    config, networks = _probe(mode, 0.0)
+    return jax.jit(lambda task: _collect(config, networks, task, length, rollouts))
+
+
+def _collected(config, task, length, rollouts):
+    """A replay filled by the real collector on the probe game, and freshly drawn learner state."""
+    return _probe_collector(config.collect.mode, length, rollouts)(jnp.int32(task))
 
 
 def _collect(config, networks, task, length, rollouts):
+    """A replay filled by the real collector, and freshly drawn learner state."""
     env = collect.acting_environment(networks.env, config.collect.mode)
     state = learner.init(jax.random.key(0), networks, config.hyper)
-    task = jnp.int32(task)
 
     def fresh(key):
         return collect.init_actors(key, networks, env, config.collect.num_envs, networks.tasks.at(task))
@@ -117,8 +125,11 @@ def _collect(config, networks, task, length, rollouts):
     return stored, state
 
 
+_sampler = jax.jit(replay.sample, static_argnums=(2, 3, 4))
+
+
 def _sample(stored, batch_size, length, stride=1):
-    return jax.jit(replay.sample, static_argnums=(2, 3, 4))(jax.random.key(3), stored, batch_size, length, stride)
+    return _sampler(jax.random.key(3), stored, batch_size, length, stride)
 
 
 def _targets(config, networks, state, batch):
@@ -158,7 +169,7 @@ def _expected(terminates, td_lambda, following):
 def test_targets_through_collector_replay_and_learner(terminates, td_lambda):
     """Terminal, truncated and cut transitions, in sequences that mix episodes at every offset, with auto-reset in between."""
     config, networks = _probe("continuous", td_lambda)
-    stored, state = _collected(config, networks, 0 if terminates else 1, 5, 3)
+    stored, state = _collected(config, 0 if terminates else 1, 5, 3)
     batch = _sample(stored, 64, 7)
     targets = jax.tree.map(np.asarray, _targets(config, networks, state, batch))
     step, kinds = np.asarray(batch.slots.record), np.asarray(batch.slots.continuation)
@@ -180,7 +191,7 @@ def test_targets_of_whole_rollouts(mode, terminates):
     """Idle slots after an episode, and the cut end of a rollout, are never trained on."""
     length = 4 if mode == "episode" else 6
     config, networks = _probe(mode, 0.6)
-    stored, state = _collected(config, networks, 0 if terminates else 1, length, 3)
+    stored, state = _collected(config, 0 if terminates else 1, length, 3)
     batch = _sample(stored, 16, length, length)
     targets, step = _targets(config, networks, state, batch), np.asarray(batch.slots.record)
     np.testing.assert_array_equal(step[:, 0], [0, 1, 2, 3] if mode == "episode" else [0, 1, 2, 3, 0, 1])
@@ -194,8 +205,8 @@ def test_targets_of_whole_rollouts(mode, terminates):
 
 def test_an_episode_shorter_than_the_rollout_idles():
     """In the mode `episode` nothing happens after the end: no reward, no reset, no valid transition."""
-    config, networks = _probe("episode", 0.0)
-    stored, _ = _collected(config, networks, 0, 6, 1)
+    config, _ = _probe("episode", 0.0)
+    stored, _ = _collected(config, 0, 6, 1)
     np.testing.assert_array_equal(stored.slots.record[0, :6], [0, 1, 2, 3, 3, 3])
     np.testing.assert_array_equal(stored.slots.continuation[0, :6], [CONTINUE, CONTINUE, TERMINATED, CUT, CUT, CUT])
     np.testing.assert_array_equal(stored.slots.reward[0, :6], [1, 2, 3, 0, 0, 0])
@@ -204,7 +215,7 @@ def test_an_episode_shorter_than_the_rollout_idles():
 def test_masked_slots_have_no_part_in_the_loss():
     """Whatever stands in a cut slot's reward, neither loss nor gradient sees it; burn-in neither."""
     config, networks = _probe("continuous", 0.0)
-    stored, state = _collected(config, networks, 0, 5, 3)
+    stored, state = _collected(config, 0, 5, 3)
     batch = _sample(stored, 16, 7)
     spoiled = jnp.where(batch.slots.continuation == CUT, 1e6, batch.slots.reward)
     loss = jax.jit(
@@ -224,7 +235,7 @@ def test_independent_learners_are_trained_apart():
     config, networks = _probe("continuous", 0.0)
     config = Config.from_dict({"learner": {"mixer": "none"}}, config)
     networks = make_networks(config, networks.env, networks.tasks)
-    stored, state = _collected(config, networks, 0, 5, 3)
+    stored, state = jax.jit(lambda: _collect(config, networks, jnp.int32(0), 5, 3))()
     batch = _sample(stored, 16, 7)
     assert _team_values(state.params, networks, batch).online.shape == (7, 16, 2)
     loss, metrics = jax.jit(lambda variables: learner.loss_fn(variables, variables, networks, batch, config.hyper))(state.variables)
@@ -279,7 +290,7 @@ def test_target_updates(kind):
 def test_agents_that_do_not_exist_add_nothing():
     """A masked agent changes neither the team value nor any gradient."""
     config, networks = _probe("continuous", 0.0)
-    stored, state = _collected(config, networks, 0, 5, 3)
+    stored, state = _collected(config, 0, 5, 3)
     batch = _sample(stored, 4, 3)
     params = _known_values(state)
     both = _team_values(params, networks, batch).online
@@ -297,6 +308,12 @@ class _MaskedProbe(ProbeGame):
         return seen._replace(action_mask=seen.action_mask.at[:, 1].set(record % 2 == 0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _applied(module, params, *inputs):
+    """A network's outputs; compiled once for all slots."""
+    return module.apply({"params": params}, *inputs)
+
+
 def _step_by_step(networks, params, batch, observation):
     """Action values of every slot, one application per slot as the actor makes them, `[T][B, A, U]`."""
     hidden = initial_hidden(networks.config.agent, (batch.starts.shape[1], networks.env.num_agents))
@@ -304,7 +321,7 @@ def _step_by_step(networks, params, batch, observation):
     for time in range(batch.starts.shape[0]):
         now = jax.tree.map(lambda leaf, time=time: leaf[time : time + 1], (observation, batch.last_actions, batch.starts))
         inputs = agent_inputs(networks.config.agent, *now)
-        q, hidden = networks.agent.apply({"params": params["agent"]}, inputs, now[2], hidden)
+        q, hidden = _applied(networks.agent, params["agent"], inputs, now[2], hidden)
         values.append(np.asarray(q)[0])
     return values
 
@@ -323,7 +340,7 @@ def _reference_loss(config, networks, params, target_params, batch):
         chosen = np.take_along_axis(q, actions[:, None], -1)[:, 0]
         one_hot = jax.nn.one_hot(actions, networks.env.num_actions)
         inputs = MixerInputs(jnp.asarray(chosen), jnp.asarray(best), one_hot, jnp.asarray(state[time, row]))
-        return float(jnp.asarray(networks.mixer.apply({"params": tree["mixer"]}, inputs))[0])
+        return float(_applied(networks.mixer, tree["mixer"], inputs)[0])
 
     errors, targets = [], []
     for row in range(size):
@@ -367,11 +384,12 @@ def test_the_loss_is_its_definition(mixer, double_q):
         drawn = learner.init(jax.random.key(seed), networks, config.hyper).params
         noise = np.random.default_rng(seed)
         trees.append(jax.tree.map(lambda leaf, noise=noise: leaf + jnp.asarray(noise.normal(size=leaf.shape), leaf.dtype), drawn))
+    collected = jax.jit(lambda task: _collect(config, networks, task, 5, 3))
+    loss_fn = jax.jit(lambda v, t, b: learner.loss_fn(v, t, networks, b, config.hyper))
     for task in (0, 1):
-        stored, _ = _collected(config, networks, task, 5, 3)
-        batch = _sample(stored, 6, 7)
+        batch = _sample(collected(jnp.int32(task))[0], 6, 7)
         online, target = ({"params": tree} for tree in trees)
-        loss, metrics = jax.jit(lambda v, t, b: learner.loss_fn(v, t, networks, b, config.hyper))(online, target, batch)
+        loss, metrics = loss_fn(online, target, batch)
         expected_loss, expected_target = _reference_loss(config, networks, trees[0], trees[1], batch)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["target"], expected_target, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """The compiled program: purity, transformations, schedules, memory."""
 
 import re
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ MATRIX = {
     "evaluation": {"episodes": 1, "per_task": 2},
     "plasticity": {"diagnostics": False},
 }
+VDN = {**MATRIX, "learner": {"mixer": "vdn"}}
+"""For what does not depend on the mixer; compiles faster."""
 TWO_STEP = {
     **MATRIX,
     "env": {"name": "matrix", "scenario": "two_step"},
@@ -57,7 +60,7 @@ def test_metrics_have_their_declared_shapes_and_schedule():
 
 def test_replay_is_returned_only_when_asked():
     """`return_replay` keeps the buffer."""
-    out = jax.jit(make_train(TWO_STEP, return_replay=True))(jax.random.key(0))
+    out = jax.eval_shape(make_train(TWO_STEP, return_replay=True), jax.random.key(0))
     assert out["runner_state"].replay.slots.reward.shape == (4, 64)
 
 
@@ -78,10 +81,10 @@ def test_same_key_same_bits_and_one_trace():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("config", [MATRIX, TWO_STEP], ids=["one_step", "recurrent"])
+@pytest.mark.parametrize("config", [VDN, TWO_STEP], ids=["one_step", "recurrent"])
 def test_vmapped_equals_single_over_the_first_updates(config):
     """To 1e-6 over the first 20 updates; later they may drift apart."""
-    config = {**config, "env": {"name": "matrix", "scenario": "qtran"}} if config is MATRIX else config
+    config = {**config, "env": {"name": "matrix", "scenario": "qtran"}} if config is VDN else config
     config = {**config, "train": {"env_steps_per_task": 8 * 22}, "evaluation": {"episodes": 1, "per_task": 1}}
     train = make_train(config)
     keys = _keys(3)
@@ -107,7 +110,7 @@ def test_cond_survives_vmap_over_seeds_and_hyperparameters():
 
 def test_nested_vmap_and_sweeps_equal_single_runs():
     """A vmap over learning rates of a vmap over seeds holds the runs that would be made one by one."""
-    train = make_train({**MATRIX, "train": {"env_steps_per_task": 80}})
+    train = make_train({**VDN, "train": {"env_steps_per_task": 80}})
     rates, keys = jnp.array([1e-3, 1e-5]), _keys(2)
     nested = jax.jit(jax.vmap(jax.vmap(lambda rate, key: train(key, {"optimizer": {"learning_rate": rate}}), (None, 0)), (0, None)))
     out = nested(rates, keys)["metrics"]["train/q_tot"]
@@ -126,7 +129,7 @@ def test_what_cannot_be_swept_is_refused():
 def test_callback_fires_once_per_event_for_all_seeds_together():
     """Also under nested vmap, in order, with every seed's numbers; and it changes no result."""
     events = []
-    logged = make_train(MATRIX, callback=events.append)
+    logged = make_train(VDN, callback=events.append)
     keys = _keys(6).reshape(2, 3)
     out = jax.block_until_ready(jax.jit(jax.vmap(jax.vmap(logged)))(keys))
     jax.effects_barrier()
@@ -134,7 +137,7 @@ def test_callback_fires_once_per_event_for_all_seeds_together():
     assert all(event["eval/return"].shape == (2, 3) for event in events)
     events.sort(key=lambda event: (int(event["position"][0, 0]), int(event["rounds"][0, 0])))
     np.testing.assert_array_equal([event["eval/return"][1, 2] for event in events], out["metrics"]["eval/return"][1, 2])
-    silent = jax.jit(jax.vmap(jax.vmap(make_train(MATRIX))))(keys)
+    silent = jax.jit(jax.vmap(jax.vmap(make_train(VDN))))(keys)
     np.testing.assert_array_equal(silent["metrics"]["eval/return"], out["metrics"]["eval/return"])
 
 
@@ -172,35 +175,53 @@ def _resolved(config):
     return resolve(config)
 
 
-@pytest.mark.parametrize(
-    ("field", "kept"),
-    [({"replay": "clear"}, False), ({"replay": "keep"}, True)],
-)
-def test_switching_tasks_clears_or_keeps_the_replay(field, kept):
+@cache
+def _switched(**switch):
+    """A run over three tasks, with its replay."""
+    fields = {
+        "replay": {"capacity_env_steps": 4096, "batch_size": 8, "sequence_length": 1},
+        "exploration": {"anneal_env_steps": 160},
+        "optimizer": {"name": "adam"},
+    }
+    return jax.jit(make_train({**VDN, **fields, "switch": switch}, return_replay=True))(jax.random.key(0))
+
+
+def _restarted():
+    return _switched(replay="clear", exploration="restart", optimizer="keep")
+
+
+def _continued():
+    return _switched(replay="keep", exploration="continue", optimizer="reset")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_switching_tasks_clears_or_keeps_the_replay(kept):
     """And slots remember the task under which they were made."""
-    out = jax.jit(
-        make_train(
-            {**MATRIX, "switch": field, "replay": {"capacity_env_steps": 4096, "batch_size": 8, "sequence_length": 1}}, return_replay=True
-        )
-    )
-    replay = out(jax.random.key(0))["runner_state"].replay
+    replay = (_continued if kept else _restarted)()["runner_state"].replay
     assert int(replay.size) == (120 if kept else 40)
     tasks = np.asarray(replay.slots.task[:, : int(replay.size)])
     np.testing.assert_array_equal(tasks, np.broadcast_to(np.repeat([0, 1, 0], 40) if kept else np.zeros(40), tasks.shape))
 
 
-def test_switching_tasks_restarts_or_continues_exploration_and_optimizer():
-    """Epsilon anneals anew unless told otherwise; the optimizer keeps its moments unless told otherwise."""
-    fields = {"exploration": {"anneal_env_steps": 160}, "optimizer": {"name": "adam"}}
-    restart = jax.jit(make_train({**MATRIX, **fields}))(jax.random.key(0))
-    onward = jax.jit(make_train({**MATRIX, **fields, "switch": {"exploration": "continue", "optimizer": "reset"}}))(jax.random.key(0))
-    assert restart["metrics"]["train/epsilon"][4] > 0.5
-    np.testing.assert_allclose(onward["metrics"]["train/epsilon"][4], 0.05, rtol=1e-5)
+def test_switching_tasks_restarts_or_continues_exploration():
+    """Epsilon anneals anew at every task, or once."""
+    assert _restarted()["metrics"]["train/epsilon"][4] > 0.5
+    np.testing.assert_allclose(_continued()["metrics"]["train/epsilon"][4], 0.05, rtol=1e-5)
+
+
+def test_switching_tasks_keeps_or_resets_the_optimizer():
+    """Its counter goes on, or begins anew with the last task."""
     counts = [
         max(int(leaf) for leaf in jax.tree.leaves(out["runner_state"].learner.opt_state) if leaf.dtype == jnp.int32)
-        for out in (restart, onward)
+        for out in (_restarted(), _continued())
     ]
     assert counts == [60, 20]
+
+
+def test_a_switch_restarts_exploration_and_keeps_the_rest():
+    """Unless told otherwise."""
+    switch = _resolved(MATRIX).switch
+    assert (switch.replay, switch.exploration, switch.optimizer) == ("clear", "restart", "keep")
 
 
 def test_agents_may_see_the_task():
@@ -213,7 +234,13 @@ def test_agents_may_see_the_task():
 
 @pytest.mark.parametrize(
     ("mixer", "mode"),
-    [("none", "continuous"), ("vdn", "rollout"), ("qmix", "episode"), ("qplex", "continuous"), ("qplex", "episode")],
+    [
+        ("none", "continuous"),
+        ("vdn", "rollout"),
+        ("qmix", "episode"),
+        ("qplex", "continuous"),
+        pytest.param("qplex", "episode", marks=pytest.mark.slow),
+    ],
 )
 def test_every_mixer_and_every_mode_trains(mixer, mode):
     """Finite numbers, and parameters that move."""

@@ -1,6 +1,6 @@
 """The agents' shared network, and what it is fed.
 
-Shapes: T time, *N any batch axes, A agents, U actions, D features, H hidden units.
+Shapes: T time, *N any batch axes, A agents, U actions, D features, H hidden units, S numbers of running state (H, more under some cures).
 """
 
 import jax
@@ -15,6 +15,9 @@ from knife_jax.networks.neurons import GRU, Dense, Initializer, NeuronLayer, den
 UNAVAILABLE = -1e7
 """The value of an action that may not be taken: finite, so that a masked row times zero is zero and not NaN."""
 
+RECURRENT = "agent/gru"
+"""The layer of units that remember."""
+
 
 class AgentNetwork(nn.Module):
     """One network for all agents: Dense-ReLU-GRU-Dense, or Dense-ReLU-Dense-ReLU-Dense without memory (PyMARL's `rnn_agent`)."""
@@ -26,8 +29,8 @@ class AgentNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "T *N A I"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N A H"]
-    ) -> tuple[Float[Array, "T *N A U"], Float[Array, "*N A H"]]:
+        self, inputs: Float[Array, "T *N A I"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N A S"]
+    ) -> tuple[Float[Array, "T *N A U"], Float[Array, "*N A S"]]:
         """Values of every action, over time.
 
         Args:
@@ -57,7 +60,7 @@ def neuron_layers(config: AgentConfig, widen: float = 1.0) -> tuple[NeuronLayer,
         return dense_layer("agent", "hidden_1", "hidden_2", size), dense_layer("agent", "hidden_2", "output", size)
     recurrent = ("agent", "gru", "hidden_kernel")
     units = NeuronLayer(
-        "agent/gru",
+        RECURRENT,
         config.hidden_size,
         incoming=(("agent", "gru", "input", "kernel"), recurrent),
         biases=(("agent", "gru", "input", "bias"), ("agent", "gru", "hidden_bias")),
@@ -68,9 +71,17 @@ def neuron_layers(config: AgentConfig, widen: float = 1.0) -> tuple[NeuronLayer,
     return dense_layer("agent", "hidden_1", "gru/input", size), units
 
 
-def initial_hidden(config: AgentConfig, batch: tuple[int, ...]) -> Float[Array, "*N H"]:
-    """Zero memory for a batch of agents; a network without memory keeps none (H is 0)."""
-    return jnp.zeros((*batch, config.hidden_size if config.recurrent else 0))
+def initial_hidden(config: AgentConfig, batch: tuple[int, ...], size: int | None = None) -> Float[Array, "*N S"]:
+    """Zero memory for a batch of agents; a network without memory keeps none (S is 0).
+
+    Args:
+        config: the network.
+        batch: leading axes.
+        size: S where a cure made it larger than the GRU, see `Method.state_sizes`.
+    """
+    if size is None:
+        size = config.hidden_size if config.recurrent else 0
+    return jnp.zeros((*batch, size))
 
 
 def agent_inputs(

@@ -163,7 +163,7 @@ class GateProjection(nn.Module):
         size, units = inputs.shape[-1], self.units
         kernel = self.param("kernel", self.initializer.gates, (size, 3, units), units, False)
         bias = self.param("bias", self.initializer.bias, (3, units), units)
-        return _affine(inputs, kernel.reshape(size, -1), bias.reshape(-1))
+        return affine(inputs, kernel.reshape(size, -1), bias.reshape(-1))
 
 
 class GRU(nn.Module):
@@ -178,14 +178,14 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "T *N I"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N units"]
-    ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N units"]]:
+        self, inputs: Float[Array, "T *N I"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N S"]
+    ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N S"]]:
         """Unrolls the layer.
 
         Args:
             inputs: time first.
             starts: where an episode starts; the hidden state is zero before those steps.
-            hidden: the state before the first step.
+            hidden: the state before the first step; S is `units`, or more where a cure added frozen units.
 
         Returns:
             The hidden states after every step, and the last one.
@@ -194,19 +194,48 @@ class GRU(nn.Module):
         projected = GateProjection(units, draw, name="input")(inputs)
         hidden_kernel = self.param("hidden_kernel", draw.gates, (units, 3, units), units, True)
         hidden_bias = self.param("hidden_bias", draw.bias, (3, units), units)
-        flat_kernel, flat_bias = hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)
+        return self.unroll(projected, starts, hidden, hidden_kernel, hidden_bias)
 
-        def one_step(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-            projection, start = step
-            state = jnp.where(start[..., None], 0.0, state)
-            state = _gates(projection, _affine(state, flat_kernel, flat_bias), state)
-            return state, state
+    def unroll(
+        self,
+        projected: Float[Array, "T *N G"],
+        starts: Bool[Array, "T *N"],
+        hidden: Float[Array, "*N S"],
+        hidden_kernel: Float[Array, "units 3 units"],
+        hidden_bias: Float[Array, "3 units"],
+    ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N S"]]:
+        """The way through time from what the inputs give to the gates; apart from the rest, so that it can be intercepted."""
+        flat_kernel, flat_bias = hidden_kernel.reshape(self.units, -1), hidden_bias.reshape(-1)
+        return unroll_gates(lambda state: affine(state, flat_kernel, flat_bias), projected, starts, hidden)
 
-        hidden, outputs = jax.lax.scan(one_step, hidden, (projected, starts))
-        return outputs, hidden
+
+def unroll_gates(
+    read: Callable[[Array], Array], projected: Float[Array, "T *N G"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N S"]
+) -> tuple[Float[Array, "T *N S"], Float[Array, "*N S"]]:
+    """Scans gated units over time.
+
+    Args:
+        read: what a state `[*N, S]` gives to the gates of all units, `[*N, 3 S]`.
+        projected: what the inputs give to them, `[T, *N, 3 S]`.
+        starts: where the state is zero before the step.
+        hidden: the state before the first step.
+
+    Returns:
+        The states after every step, and the last one.
+    """
+
+    def one_step(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        projection, start = step
+        state = jnp.where(start[..., None], 0.0, state)
+        state = _gates(projection, read(state), state)
+        return state, state
+
+    hidden, outputs = jax.lax.scan(one_step, hidden, (projected, starts))
+    return outputs, hidden
 
 
-def _affine(inputs: Array, kernel: Array, bias: Array) -> Array:
+def affine(inputs: Array, kernel: Array, bias: Array) -> Array:
+    """`inputs @ kernel + bias`, without promotion of ranks."""
     return inputs @ kernel + bias.reshape((1,) * (inputs.ndim - 1) + bias.shape)
 
 

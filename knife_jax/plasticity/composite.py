@@ -1,9 +1,10 @@
 """The composite neuron as a rewriting of arrays: unit i becomes K + (A - C), with the same function.
 
 Everything here is for one member of a stack and is vmapped over stacks. Shapes as in `reserve`: H live units, R slots, I inputs, O outputs
-of a reader, R' and R* slots of the layers before and after.
+of a reader, R' and R* slots of the layers before and after. The modules of a GRU have the axis of the gates before the last one.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from knife_jax.plasticity.graph import Flat, NeuronLayer, Path
-from knife_jax.plasticity.reserve import Block, Module, Reserve, matrix, pick
+from knife_jax.plasticity.reserve import Block, Module, Reserve, links_of, makers, pick, split_states
 
 
 class Parts(NamedTuple):
@@ -36,22 +37,58 @@ WHOLE = Parts()
 """The composite as it is meant."""
 
 
-class Reader(NamedTuple):
-    """A module that reads the layer: its kernel `[H, O]`, and its block's rows `[2R, O]` and columns `[H + 2R, 2R*]`, if any."""
+class End(NamedTuple):
+    """A module at an end of the layer.
 
-    kernel: Array
-    rows: Array | None
-    columns: Array | None
-    owner: Array | None
-
-
-class Side(NamedTuple):
-    """All arrays around one layer of one network (online or target): kernel `[I, H]`, bias `[H]`, block, readers."""
+    Attributes:
+        kernel: `[I, O]`.
+        bias: `[O]`, if any.
+        rows: what the K and C that it reads give to its outputs, `[2R', O]`, if any.
+        columns: what the K and C of the layer that it makes read, `[I + 2R', 2R*]`, if any.
+        shift: their biases, `[2R*]`, if any.
+        owner: which of its outputs their slots were taken for, `[R*]`, if any.
+    """
 
     kernel: Array
     bias: Array | None
-    block: Block
-    readers: tuple[Reader, ...]
+    rows: Array | None
+    columns: Array | None
+    shift: Array | None
+    owner: Array | None
+
+
+Ends = tuple[End, ...]
+
+
+class Side(NamedTuple):
+    """All arrays around one layer of one network (online or target).
+
+    Attributes:
+        links: who is whose partner, see `reserve`.
+        makers: modules that only make the layer.
+        own: modules that make the layer and read it (a recurrence).
+        readers: modules that only read the layer.
+    """
+
+    links: Block
+    makers: Ends
+    own: Ends
+    readers: Ends
+
+    @property
+    def incoming(self) -> Ends:
+        """All modules that make the layer."""
+        return self.makers + self.own
+
+    @property
+    def outgoing(self) -> Ends:
+        """All modules that read the layer."""
+        return self.own + self.readers
+
+    @property
+    def size(self) -> int:
+        """H."""
+        return self.links["inverse"].shape[-1] - self.links["used"].shape[-1]
 
 
 class Placement(NamedTuple):
@@ -77,54 +114,81 @@ class Placement(NamedTuple):
 
 def gather(leaves: Flat, reserve: Reserve, layer: NeuronLayer, modules: dict[Path, Module]) -> Side:
     """Collects the arrays around a layer."""
-    module = modules[layer.module]
-    readers = []
-    for path in layer.outgoing:
-        reader = modules[path[:-1]]
-        block = reserve.get(reader.name, {})
-        columns = block.get("columns") if "rows" in block else None
-        readers.append(Reader(matrix(leaves[path], reader), block.get("rows"), columns, block.get("owner")))
-    return Side(matrix(leaves[module.kernel], module), leaves.get(module.bias), reserve[module.name], tuple(readers))
+    block = links_of(reserve, layer)
+    assert block is not None
+
+    def end(module: Module) -> End:
+        own, target = reserve.get(module.name, {}), module.target
+        owner = (links_of(reserve, target) or {}).get("owner") if target and "columns" in own else None
+        return End(leaves[module.kernel], leaves.get(module.bias), own.get("rows"), own.get("columns"), own.get("bias"), owner)
+
+    return Side(block, *(tuple(end(module) for module in group) for group in _groups(layer, modules)))
+
+
+def _groups(layer: NeuronLayer, modules: dict[Path, Module]) -> tuple[list[Module], list[Module], list[Module]]:
+    """The modules that make a layer, that make and read it, and that read it."""
+    making, reading = makers(layer), layer.outgoing
+    only_make = [path for path in making if path not in reading]
+    both = [path for path in making if path in reading]
+    only_read = [path for path in reading if path not in making]
+    first, second, third = ([modules[path[:-1]] for path in paths] for paths in (only_make, both, only_read))
+    return first, second, third
 
 
 def scatter(leaves: Flat, reserve: Reserve, layer: NeuronLayer, modules: dict[Path, Module], side: Side) -> tuple[Flat, Reserve]:
     """Puts the arrays around a layer back."""
     leaves, reserve = dict(leaves), dict(reserve)
-    module = modules[layer.module]
-    leaves[module.kernel] = side.kernel.reshape(leaves[module.kernel].shape)
-    if side.bias is not None:
-        leaves[module.bias] = side.bias
-    reserve[module.name] = side.block
-    for path, reader in zip(layer.outgoing, side.readers, strict=True):
-        leaves[path] = reader.kernel.reshape(leaves[path].shape)
-        name = modules[path[:-1]].name
-        if reader.rows is not None:
-            reserve[name] = reserve[name] | {"rows": reader.rows}
-        if reader.columns is not None:
-            reserve[name] = reserve[name] | {"columns": reader.columns}
+    ends = (side.makers, side.own, side.readers)
+    for module, end in (
+        (module, end) for pair in zip(_groups(layer, modules), ends, strict=True) for module, end in zip(*pair, strict=True)
+    ):
+        leaves[module.kernel] = end.kernel
+        if end.bias is not None:
+            leaves[module.bias] = end.bias
+        frozen = {"rows": end.rows, "columns": end.columns, "bias": end.shift}
+        rewritten = {name: array for name, array in frozen.items() if array is not None}
+        if rewritten:
+            reserve[module.name] = reserve.get(module.name, {}) | rewritten
+    name = modules[layer.module].name
+    reserve[name] = reserve[name] | side.links
     return leaves, reserve
 
 
 def unmoved(side: Side) -> Bool[Array, "H"]:
-    """Units equal, bit for bit, to the compensation neuron made with them."""
-    inverse, size = side.block["inverse"], side.kernel.shape[-1]
-    slots = inverse.shape[0] - size
-    mine = inverse[:size]
-    incoming = side.block["columns"][:, slots:]
-    rows = side.block.get("rows", jnp.zeros((0, size)))
-    same = (jnp.concatenate([side.kernel, rows]) == pick(incoming, mine)).all(axis=0) & (mine < slots)
-    if side.bias is not None:
-        same &= side.bias == pick(side.block["bias"][slots:], mine)
-    for reader in side.readers:
-        if reader.rows is not None:
-            same &= (reader.kernel == pick(reader.rows[slots:], mine, axis=0)).all(axis=1)
-        if reader.columns is not None:
-            same &= (reader.columns[:size] == pick(reader.columns[size + slots :], mine, axis=0)).all(axis=1)
+    """Units equal, bit for bit, to the compensation neuron made with them.
+
+    Those of a recurrence never are: fresh units read each other, their compensation neurons are not read by fresh ones.
+    """
+    size, slots = side.size, side.links["used"].shape[0]
+    mine = side.links["inverse"][:size]
+    same = mine < slots
+    for end in side.incoming:
+        assert end.columns is not None
+        incoming = end.kernel if end.rows is None else jnp.concatenate([end.kernel, end.rows])
+        same &= _all_but_last(incoming == pick(end.columns[..., slots:], mine))
+        if end.bias is not None and end.shift is not None:
+            same &= _all_but_last(end.bias == pick(end.shift[..., slots:], mine))
+    for end in side.outgoing:
+        if end.rows is not None:
+            same &= _all_but_first(end.kernel == pick(end.rows[slots:], mine, axis=0))
+        if end.rows is not None and end.columns is not None:
+            same &= _all_but_first(end.columns[:size] == pick(end.columns[size + slots :], mine, axis=0))
     return same
+
+
+def _all_but_last(same: Bool[Array, "..."]) -> Bool[Array, "H"]:
+    return same.all(axis=tuple(range(same.ndim - 1)))
+
+
+def _all_but_first(same: Bool[Array, "..."]) -> Bool[Array, "H"]:
+    return same.all(axis=tuple(range(1, same.ndim)))
 
 
 def inject(side: Side, fresh: Side, place: Placement, parts: Parts = WHOLE) -> Side:
     """Rewrites one layer.
+
+    First every K takes what its unit reads, then everybody who reads the layer is rewritten (of a recurrent layer those K too, which go on
+    reading what they read), then the units and C take fresh weights, which read live units only.
 
     Args:
         side: the network's arrays.
@@ -135,73 +199,110 @@ def inject(side: Side, fresh: Side, place: Placement, parts: Parts = WHOLE) -> S
     Returns:
         The arrays afterwards. Unless `place.zeroed` or `parts` say otherwise they compute the same function.
     """
-    reused_slots = _slots_of(place.reused, side.block["inverse"], place.source.shape[0])
-    compensated = jnp.where(reused_slots < side.kernel.shape[-1], reused_slots, place.source)
+    compensated = _compensated(side.links, place)
     if not parts.compensation:
-        compensated = jnp.full_like(compensated, side.kernel.shape[-1])
-    kernel, bias, block = _rewrite_incoming(side, fresh, place, compensated, parts)
-    shared = all(reader.rows is None for reader in side.readers)
-    readers = (
-        side.readers
-        if shared
-        else tuple(
-            _rewrite_reader(reader, drawn, place, compensated, parts) for reader, drawn in zip(side.readers, fresh.readers, strict=True)
-        )
-    )
-    return Side(kernel, bias, _relink(block, place, parts), readers)
+        compensated = jnp.full_like(compensated, side.size)
+    links = _relink(side.links, place, parts)
+    makers, own = (tuple(_keep(end, place) for end in ends) for ends in (side.makers, side.own))
+    own, readers = tuple(end._replace(owner=links["owner"]) for end in own), side.readers
+    if any(end.rows is not None for end in own + readers):
+        reroute = partial(_reroute, place=place, compensated=compensated, parts=parts)
+        own, readers = tuple(map(reroute, own, fresh.own)), tuple(map(reroute, readers, fresh.readers))
+    redraw = partial(_redraw, place=place, compensated=compensated, parts=parts)
+    return Side(links, tuple(map(redraw, makers, fresh.makers)), tuple(map(redraw, own, fresh.own)), readers)
 
 
-def _slots_of(units: Bool[Array, "H"], inverse: Int[Array, "N"], slots: int) -> Int[Array, "R"]:
-    """For each slot, the unit among `units` whose compensation it holds, or H."""
-    size = units.shape[0]
-    owns = units[:, None] & (inverse[:size, None] == jnp.arange(slots)[None])
-    return jnp.where(owns.any(axis=0), owns.argmax(axis=0), size)
+def inject_states(states: Float[Array, "... S"], links: Block, place: Placement) -> Float[Array, "... S"]:
+    """Rewrites running states `[..., H + 2R]`: K takes its unit's, the unit and C start equal.
+
+    Args:
+        states: of live units, K and C.
+        links: as they were before `inject`.
+        place: what happens to each unit and slot.
+    """
+    size = place.slot_of.shape[0]
+    live, knowledge, compensation = split_states(states, size)
+    moved, rewritten = place.source < size, _compensated(links, place) < size
+    knowledge = jnp.where(_last(moved, states), pick(live, place.source), knowledge)
+    live = jnp.where(_last(place.redrawn, states), 0, live)
+    return jnp.concatenate([live, knowledge, jnp.where(_last(rewritten, states), 0, compensation)], axis=-1)
 
 
-def _rewrite_incoming(side: Side, fresh: Side, place: Placement, compensated: Array, parts: Parts) -> tuple[Array, Array | None, Block]:
-    """Incoming weights: K takes the unit's, the unit and C take fresh ones, which read live units only."""
-    size, slots = side.kernel.shape[-1], place.source.shape[0]
-    rows = side.block.get("rows", jnp.zeros((0, size), side.kernel.dtype))
-    columns, redrawn = side.block["columns"], place.redrawn
+def _compensated(links: Block, place: Placement) -> Int[Array, "R"]:
+    """For each slot, the unit that its C is made for, or H."""
+    size, slots = place.slot_of.shape[0], place.source.shape[0]
+    owns = place.reused[:, None] & (links["inverse"][:size, None] == jnp.arange(slots)[None])
+    return jnp.where(owns.any(axis=0), owns.argmax(axis=0), place.source)
+
+
+def _first(mask: Array, like: Array) -> Array:
+    """A mask over the first axis."""
+    return mask.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _last(mask: Array, like: Array) -> Array:
+    """A mask over the last axis."""
+    return mask.reshape(*(1,) * (like.ndim - 1), -1)
+
+
+def _keep(end: End, place: Placement) -> End:
+    """What K reads: all that its unit did."""
+    assert end.columns is not None
+    size, slots = place.slot_of.shape[0], place.source.shape[0]
+
+    def kept(live: Array, frozen: Array) -> Array:
+        known = jnp.where(_last(place.source < size, live), pick(live, place.source), frozen[..., :slots])
+        return jnp.concatenate([known, frozen[..., slots:]], axis=-1)
+
+    reading = end.kernel if end.rows is None else jnp.concatenate([end.kernel, end.rows])
+    shift = end.shift if end.bias is None or end.shift is None else kept(end.bias, end.shift)
+    return end._replace(columns=kept(reading, end.columns), shift=shift)
+
+
+def _redraw(end: End, fresh: End, place: Placement, compensated: Array, parts: Parts) -> End:
+    """What the unit and C read: fresh weights, live units only."""
+    assert end.columns is not None
+    size, slots = place.slot_of.shape[0], place.source.shape[0]
+
+    def compensating(drawn: Array, frozen: Array) -> Array:
+        made = jnp.where(_last(compensated < size, drawn), pick(drawn, compensated), frozen[..., slots:])
+        return jnp.concatenate([frozen[..., :slots], made], axis=-1)
+
+    def live(drawn: Array | int, old: Array) -> Array:
+        return jnp.where(_last(place.redrawn, old), drawn, old)
+
     drawn = fresh.kernel if parts.active else jnp.zeros_like(fresh.kernel)
-    reading = jnp.concatenate([drawn, jnp.zeros_like(rows)])
-    known = jnp.where(place.source < size, pick(jnp.concatenate([side.kernel, rows]), place.source), columns[:, :slots])
-    compensating = jnp.where(compensated < size, pick(reading, compensated), columns[:, slots:])
-    block = side.block | {"columns": jnp.concatenate([known, compensating], axis=-1)}
-    if "rows" in block:
-        block["rows"] = jnp.where(redrawn, 0, rows)
-    bias = side.bias
-    if bias is not None and fresh.bias is not None:
-        drawn_bias = fresh.bias if parts.active else jnp.zeros_like(fresh.bias)
-        known = jnp.where(place.source < size, pick(bias, place.source), block["bias"][:slots])
-        compensating = jnp.where(compensated < size, pick(drawn_bias, compensated), block["bias"][slots:])
-        block["bias"] = jnp.concatenate([known, compensating])
-        bias = jnp.where(redrawn, drawn_bias, bias)
-    return jnp.where(redrawn, drawn, side.kernel), bias, block
+    reading = drawn if end.rows is None else jnp.concatenate([drawn, jnp.zeros_like(end.rows)])
+    rows = None if end.rows is None else live(0, end.rows)
+    end = end._replace(kernel=live(drawn, end.kernel), rows=rows, columns=compensating(reading, end.columns))
+    if end.bias is None or end.shift is None or fresh.bias is None:
+        return end
+    drawn = fresh.bias if parts.active else jnp.zeros_like(fresh.bias)
+    return end._replace(bias=live(drawn, end.bias), shift=compensating(drawn, end.shift))
 
 
-def _rewrite_reader(reader: Reader, fresh: Reader, place: Placement, compensated: Array, parts: Parts) -> Reader:
-    """Outgoing weights into one reader: K takes the unit's, the unit and C take fresh ones; frozen readers keep what they had."""
-    size, slots = reader.kernel.shape[0], place.source.shape[0]
-    moved, redrawn = (place.source < size)[:, None], place.redrawn[:, None]
+def _reroute(end: End, fresh: End, place: Placement, compensated: Array, parts: Parts) -> End:
+    """What a reader is given: by K what the unit gave, by the unit and C fresh weights; frozen readers keep what they had."""
+    assert end.rows is not None
+    size, slots = place.slot_of.shape[0], place.source.shape[0]
     has_outgoing = parts.active and parts.outgoing
+
+    def given(drawn: Array, live: Array, frozen: Array) -> tuple[Array, Array]:
+        moved = pick(live, place.source, axis=0) if parts.knowledge else 0
+        known = jnp.where(_first(place.source < size, live), moved, frozen[:slots])
+        compensating = jnp.where(_first(compensated < size, live), pick(drawn, compensated, axis=0), frozen[slots:])
+        new = jnp.where(_first(place.zeroed, live), 0, drawn)
+        return jnp.where(_first(place.redrawn, live), new, live), jnp.concatenate([known, compensating])
+
     drawn = fresh.kernel if has_outgoing else jnp.zeros_like(fresh.kernel)
-    assert reader.rows is not None
-    known = pick(reader.kernel, place.source, axis=0)
-    known = jnp.where(moved, known if parts.knowledge else 0, reader.rows[:slots])
-    compensating = jnp.where((compensated < size)[:, None], pick(drawn, compensated, axis=0), reader.rows[slots:])
-    live = jnp.where(place.zeroed[:, None], 0, drawn)
-    rewritten = reader._replace(kernel=jnp.where(redrawn, live, reader.kernel), rows=jnp.concatenate([known, compensating]))
-    if reader.columns is None or reader.owner is None:
-        return rewritten
-    columns = reader.columns
-    into = jnp.zeros_like(columns[:size])
+    kernel, rows = given(drawn, end.kernel, end.rows)
+    end = end._replace(kernel=kernel, rows=rows)
+    if end.columns is None or end.owner is None:
+        return end
+    into, columns = jnp.zeros_like(end.columns[:size]), end.columns
     if parts.into_frozen and has_outgoing:
-        into = pick(drawn, jnp.concatenate([reader.owner, reader.owner])) * (columns != 0).any(axis=0, keepdims=True)
-    known = jnp.where(moved, pick(columns[:size], place.source, axis=0) if parts.knowledge else 0, columns[size : size + slots])
-    compensating = jnp.where((compensated < size)[:, None], pick(into, compensated, axis=0), columns[size + slots :])
-    live = jnp.where(redrawn, jnp.where(place.zeroed[:, None], 0, into), columns[:size])
-    return rewritten._replace(columns=jnp.concatenate([live, known, compensating]))
+        into = pick(drawn, jnp.concatenate([end.owner, end.owner])) * (columns != 0).any(axis=0, keepdims=True)
+    return end._replace(columns=jnp.concatenate(given(into, columns[:size], columns[size:])))
 
 
 def _relink(block: Block, place: Placement, parts: Parts) -> Block:
@@ -229,28 +330,28 @@ def _relink(block: Block, place: Placement, parts: Parts) -> Block:
 
 def release(side: Side, freed: Bool[Array, "R"]) -> Side:
     """Empties slots; the function changes by what their K and C contributed."""
-    size = side.kernel.shape[-1]
-    slots = freed.shape[0]
-    both = jnp.concatenate([freed, freed])
-    block, none = dict(side.block), size + slots
-    block["columns"] = jnp.where(both, 0, block["columns"])
-    if "bias" in block:
-        block["bias"] = jnp.where(both, 0, block["bias"])
+    size, slots = side.size, freed.shape[0]
+    both, links, none = jnp.concatenate([freed, freed]), dict(side.links), side.size + slots
     gone = jnp.concatenate([jnp.zeros(size, bool), freed])
-    partner_gone = jnp.take(gone, block["partner"], mode="fill", fill_value=True)
-    compensation_gone = jnp.take(freed, block["inverse"], mode="fill", fill_value=True)
-    block["partner"] = jnp.where(freed | partner_gone, none, block["partner"])
-    block["inverse"] = jnp.where(gone | compensation_gone, slots, block["inverse"])
-    block["used"] = block["used"] & ~freed
-    rows = jnp.concatenate([jnp.zeros(size, bool), both])[:, None]
-    readers = tuple(
-        reader._replace(
-            rows=None if reader.rows is None else jnp.where(both[:, None], 0, reader.rows),
-            columns=None if reader.columns is None else jnp.where(rows, 0, reader.columns),
-        )
-        for reader in side.readers
-    )
-    return side._replace(block=block, readers=readers)
+    partner_gone = jnp.take(gone, links["partner"], mode="fill", fill_value=True)
+    compensation_gone = jnp.take(freed, links["inverse"], mode="fill", fill_value=True)
+    links["partner"] = jnp.where(freed | partner_gone, none, links["partner"])
+    links["inverse"] = jnp.where(gone | compensation_gone, slots, links["inverse"])
+    links["used"] = links["used"] & ~freed
+    rows = jnp.concatenate([jnp.zeros(size, bool), both])
+
+    def without(values: Array | None, mask: Array, over: Any) -> Array | None:
+        return None if values is None else jnp.where(over(mask, values), 0, values)
+
+    def unread(end: End) -> End:
+        columns = end.columns if end.rows is None else without(end.columns, rows, _first)
+        return end._replace(rows=without(end.rows, both, _first), columns=columns)
+
+    def unmade(end: End) -> End:
+        return end._replace(columns=without(end.columns, both, _last), shift=without(end.shift, both, _last))
+
+    own = tuple(unmade(unread(end)) for end in side.own)
+    return Side(links, tuple(map(unmade, side.makers)), own, tuple(map(unread, side.readers)))
 
 
 def place_units(

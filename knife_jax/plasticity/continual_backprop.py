@@ -161,7 +161,7 @@ def _apply(
     means = {name: _corrected(state.activation[name], state.age[name], settings.decay) for name in masks}
     online = _compensated(graph, masks, means, trees.variables)
     target = _compensated(graph, masks, means, trees.target) if settings.rule.target and trees.target is not None else trees.target
-    trees = recycle(graph, masks, key_draw, Trees(online, target, trees.opt_state), tx, settings.rule)
+    trees = recycle(graph, masks, key_draw, trees._replace(variables=online, target=target), tx, settings.rule)
 
     def started(values: dict[str, Array]) -> dict[str, Array]:
         return {name: jnp.where(masks[name], jnp.zeros_like(value), value) for name, value in values.items()}
@@ -195,4 +195,4 @@ def _compensated(graph: Graph, masks: Masks, means: dict[str, Array], variables:
             if bias is not None:
                 given = jnp.einsum("...h,...ho->...o", lost, outgoing_view(leaves[kernel], layer))
                 compensated[bias] = compensated[bias] + given.reshape(leaves[bias].shape)
-    return {**variables, "params": nested(compensated)}
+    return {**variables, "params": nested(compensated, variables["params"])}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from envs.base import nearest
@@ -114,9 +114,10 @@ def flat(tree: Params) -> Flat:
     return flatten_dict(tree)
 
 
-def nested(leaves: Flat) -> Params:
-    """`{path: leaf}` as a nested dict."""
-    return unflatten_dict(leaves)
+def nested(leaves: Flat, like: Params) -> Params:
+    """`{path: leaf}` as a nested dict, with the branches of another one that have no leaves (a mixer without parameters)."""
+    bare = {path: node for path, node in flatten_dict(like, keep_empty_nodes=True).items() if node is empty_node}
+    return unflatten_dict(bare | leaves)
 
 
 def read(leaves: Flat, layer: NeuronLayer) -> Units:

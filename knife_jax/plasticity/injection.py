@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from knife_jax.plasticity.eligibility import MOST_PAIRS, composable
 from knife_jax.plasticity.graph import Graph, NeuronLayer
-from knife_jax.plasticity.knife import MOST_PAIRS, Settings, composable, composite_method
+from knife_jax.plasticity.knife import Settings, composite_method
 from knife_jax.plasticity.method import Method
 from knife_jax.plasticity.optimizer import Treatment
 

@@ -23,6 +23,7 @@ from knife_jax.plasticity.composite import (
     Side,
     gather,
     inject,
+    inject_states,
     lowest,
     over_stack,
     place_units,
@@ -30,13 +31,11 @@ from knife_jax.plasticity.composite import (
     scatter,
     unmoved,
 )
+from knife_jax.plasticity.eligibility import check_states, composable, reserve_size
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, flat, incoming_view, nested, outgoing_view
 from knife_jax.plasticity.lift import lift
 from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method
 from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
-
-MOST_PAIRS = 3.0
-"""The largest reserve that `auto` takes, in pairs per live unit."""
 
 
 class KnifeState(NamedTuple):
@@ -94,6 +93,10 @@ def knife(
     frozen copy of A, enters with a minus sign. In float32 the network's function changes by no more than the rounding of a reordered sum.
     The target network is rewritten with the same A and C and its own K.
 
+    Recurrent units (a GRU's) are treated only if their layer is named. K and C then have running states of their own, which start from zero
+    with every sequence; those of a sequence under way must be passed to `apply` in `Trees.states` and are rewritten with the rest. There a
+    unit fired again takes a new slot even if it has not moved.
+
     In a `chain`, `reset` re-draws live weights only: the reserve's K and C stay. Weight decay and other penalties act on live weights only.
 
     Args:
@@ -120,7 +123,7 @@ def knife(
     References:
         Stagnant Neuron (arXiv 2606.25335). What it leaves open was decided here; every choice is an option.
     """
-    chosen = composable(graph, layers)
+    chosen = composable(graph, layers, composite)
     _check_options(threshold, composite, max_fraction, reference, window_decay, optimizer_state, when_full, into_frozen)
     pairs = reserve_size(chosen, reserve, max_fraction, interventions, when_full)
     parts = Parts(into_frozen=into_frozen == "drawn")
@@ -191,59 +194,8 @@ def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) 
         init=partial(_init, graph, slots, settings),
         observe=partial(_observe, graph, settings),
         apply=partial(_apply, graph, settings),
+        state_sizes={layer.name: layer.size + 2 * slots[layer.name] for layer in graph.layers if layer.kind == "gru"},
     )
-
-
-def composable(graph: Graph, layers: str | Sequence[str] = "all") -> Graph:
-    """The layers that composites can be put on.
-
-    Raises:
-        ValueError: if a layer is asked for by name that cannot carry them, or none can.
-    """
-    chosen = graph.select(layers)
-    wanted = (layers,) if isinstance(layers, str) else tuple(layers)
-    for layer in chosen.layers:
-        reason = _refusal(layer)
-        if reason and layer.name in wanted:
-            raise ValueError(f"layers: no composites on {layer.name}: {reason}")
-    kept = chosen.only(lambda layer: _refusal(layer) is None)
-    if not kept.layers:
-        raise ValueError(f"layers: none of {', '.join(wanted)} can carry composites")
-    return kept
-
-
-def _refusal(layer: NeuronLayer) -> str | None:
-    if layer.kind == "mixing":
-        return "a compensation neuron enters with a minus sign and would break the monotone mixing layer's dQ_tot/dq >= 0"
-    if layer.kind == "gru":
-        return "recurrent units carry state that an intervention would have to split among K, A and C, which is not supported"
-    if layer.normalised:
-        return "a normalisation over the layer's units would see the composite's parts"
-    if layer.leaks:
-        return "its units are read by more than its outgoing kernels, so that compensation cannot reach every reader"
-    return None
-
-
-def reserve_size(graph: Graph, reserve: float | str, max_fraction: float, interventions: int | None, when_full: str | None) -> float:
-    """Slots per live unit; enough for the layer that needs most, where at least one unit is always treated.
-
-    Raises:
-        ValueError: for a reserve that is not positive or must run out.
-    """
-    share = max(max(1, math.floor(max_fraction * layer.size)) / layer.size for layer in graph.layers)
-    most = None if interventions is None else interventions * share
-    if reserve == "auto":
-        pairs = min(MOST_PAIRS, most) if most else 1.0
-    elif isinstance(reserve, str) or not reserve > 0:
-        raise ValueError(f"reserve: a positive number of pairs per live unit, or 'auto'; got {reserve!r}")
-    else:
-        pairs = float(reserve)
-    if most is not None and most > pairs and when_full is None:
-        raise ValueError(
-            f"reserve: {interventions} interventions of up to {share:g} of a layer need {most:g} pairs per unit, the reserve has "
-            f"{pairs:g} and may run out; enlarge it, intervene less often, or choose when_full='skip' or 'recycle'"
-        )
-    return pairs
 
 
 def _allocate(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> Variables:
@@ -274,6 +226,7 @@ def _apply(
     graph: Graph, settings: Settings, key: PRNGKeyArray, state: KnifeState, trees: Trees, tx: Any = None
 ) -> tuple[KnifeState, Trees, Report]:
     """One intervention: layers from the last to the first, so that frozen units keep exactly what they read."""
+    check_states(graph, trees)
     key_draw, key_choose = jax.random.split(key)
     relative = scores.relative_activity(state.window, settings.reference, state.error / jnp.maximum(state.window.count, 1.0))
     activity = scores.activity(state.window)
@@ -308,6 +261,7 @@ class _Operation:
         self.settings, self.trees, self.fresh = settings, trees, flat(fresh)
         self.graph, self.modules = graph, frozen.modules(graph)
         self.sides = [_split(variables) for variables in (trees.variables, trees.target) if variables is not None]
+        self.states = dict(trees.states or {})
         self.synced = _equal(trees.variables, trees.target)
         self.rewritten = {path: jnp.zeros(leaf.shape, bool) for path, leaf in self.sides[0][0].items()}
 
@@ -322,6 +276,8 @@ class _Operation:
         choose = over_stack(partial(_choose, settings, max(1, math.floor(settings.max_fraction * layer.size))), layer)
         keys = key if not layer.stack else jax.random.split(key, layer.stack)
         place, freed, said = choose(keys, candidates, activity, online, dead, cost)
+        if layer.name in self.states:
+            self.states[layer.name] = inject_states(self.states[layer.name], online.links, place)
         for index, (leaves, reserve) in enumerate(self.sides):
             side = gather(leaves, reserve, layer, self.modules)
             fresh = gather(_as(leaves, self.fresh), reserve, layer, self.modules)
@@ -330,7 +286,7 @@ class _Operation:
             side = over_stack(partial(inject, parts=settings.parts), layer)(side, fresh, place)
             self.sides[index] = scatter(leaves, reserve, layer, self.modules, side)
             if index == 0:
-                said["reserve_in_use"] = side.block["used"].sum()
+                said["reserve_in_use"] = side.links["used"].sum()
         self._mark(layer, over_stack(lambda placed: placed.redrawn, layer)(place))
         return {name: value.sum().astype(jnp.float32) for name, value in said.items()}
 
@@ -348,12 +304,12 @@ class _Operation:
         """The trees afterwards, with the optimizer's state treated."""
         olds = [variables for variables in (self.trees.variables, self.trees.target) if variables is not None]
         done = [
-            {**old, "params": nested(leaves), "reserve": frozen.prepare(self.graph, reserve)}
+            {**old, "params": nested(leaves, old["params"]), "reserve": frozen.prepare(self.graph, reserve)}
             for old, (leaves, reserve) in zip(olds, self.sides, strict=True)
         ]
-        params, rewritten = done[0]["params"], nested(self.rewritten)
+        params, rewritten = done[0]["params"], nested(self.rewritten, self.trees.variables["params"])
         opt_state = rewrite(tx, self.trees.opt_state, params, rewritten, self.settings.optimizer_state)
-        return Trees(done[0], done[1] if len(done) > 1 else None, opt_state)
+        return Trees(done[0], done[1] if len(done) > 1 else None, opt_state, None if self.trees.states is None else self.states)
 
 
 def _equal(first: Variables, second: Variables | None) -> Array | bool:
@@ -377,7 +333,7 @@ def _choose(
     settings: Settings, most: int, key: PRNGKeyArray, candidates: Array, activity: Array, side: Side, dead: Array, cost: Array | None
 ) -> tuple[Placement, Array, dict[str, Array]]:
     """Which units are treated and where they go; one member of a stack."""
-    block, order = side.block, activity
+    block, order = side.links, activity
     size, slots = candidates.shape[0], block["used"].shape[0]
     stagnant = candidates
     if settings.choose == "random":
@@ -412,12 +368,12 @@ def _choose(
 def _contributions(side: Side, layer: NeuronLayer, seen: Any) -> Array:
     """Of every slot, mean |h| times the norm of the outgoing row, K and C together, `[*K, R]`."""
     means = [tapping.means(seen[f"{layer.name}/{part}"])["absolute"] for part in ("knowledge", "compensation")]
-    rows = [reader.rows for reader in side.readers if reader.rows is not None]
-    if rows:
-        norms = jnp.sqrt(sum(jnp.square(row).sum(axis=-1) for row in rows))
-    else:
-        norms = jnp.sqrt(sum(jnp.square(reader.kernel).sum(axis=-1) for reader in side.readers))
-        norms = jnp.take_along_axis(norms, side.block["owner"], axis=-1)
+    shared = all(end.rows is None for end in side.outgoing)
+    first = len(layer.stack) + 1
+    rows = [end.kernel if shared else end.rows for end in side.outgoing]
+    norms = jnp.sqrt(sum(jnp.square(row).sum(axis=tuple(range(first, row.ndim))) for row in rows if row is not None))
+    if shared:
+        norms = jnp.take_along_axis(norms, side.links["owner"], axis=-1)
         norms = jnp.concatenate([norms, norms], axis=-1)
     slots = means[0].shape[-1]
     return means[0] * norms[..., :slots] + means[1] * norms[..., slots:]

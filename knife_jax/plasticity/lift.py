@@ -1,10 +1,12 @@
 """Flax apply functions that know of reserve and taps, without a change to the user's modules.
 
 Calls of Dense modules are intercepted. A module that makes a layer also computes the layer's frozen units; a module that reads one also
-reads them. Taps measure what passes from a layer to its readers.
+reads them. A GRU's way through time is intercepted where its units have a reserve: the states of frozen units go beside those of live ones.
+Taps measure what passes from a layer to its readers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from knife_jax.networks.neurons import Dense, GateProjection
+from knife_jax.networks.neurons import GRU, Dense, GateProjection, unroll_gates
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
 from knife_jax.plasticity.reserve import Effective, Module
@@ -58,6 +60,7 @@ class _Call:
         self.modules = {path: module for path, module in frozen.modules(graph).items() if path[: len(prefix)] == prefix}
         self.weights: dict[Path, Effective] = {}
         self.made: dict[str, tuple[Array, Array]] = {}
+        self.projected: dict[str, tuple[Array, Array]] = {}
         self.entered: dict[int, tuple[Array, Array, Array | None]] = {}
 
     def extend(self, params: Any) -> Any:
@@ -67,10 +70,13 @@ class _Call:
             if module.name not in self.reserve:
                 continue
             kernel, bias = module.kernel[len(self.prefix) :], module.bias[len(self.prefix) :]
-            weights = self._effective(module, frozen.matrix(leaves[kernel], module), leaves.get(bias))
+            shift = leaves.get(bias)
+            if shift is not None:
+                shift = shift.reshape(*module.stack, -1)
+            weights = self._effective(module, frozen.matrix(leaves[kernel], module), shift)
             leaves[kernel] = weights.kernel.reshape(leaves[kernel].shape)
             self.weights[path] = weights
-        return nested(leaves)
+        return nested(leaves, params)
 
     def _effective(self, module: Module, kernel: Array, bias: Array | None) -> Effective:
         function = frozen.effective
@@ -78,12 +84,11 @@ class _Call:
             function = jax.vmap(function)
         return function(kernel, bias, self.reserve[module.name])
 
-    def _block(self, layer: NeuronLayer | None) -> frozen.Block | None:
-        return self.reserve.get("/".join(layer.module)) if layer else None
-
     def intercept(self, call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
         """Extends the calls of the graph's modules; leaves all others as they are."""
         path = (*self.prefix, *context.module.path)
+        if context.method_name == "unroll" and isinstance(context.module, GRU) and path in self.modules:
+            return self._unroll(self.modules[path], call, *args, **kwargs)
         if context.method_name != "__call__" or not isinstance(context.module, AFFINE) or path not in self.modules:
             return call(*args, **kwargs)
         module, inputs = self.modules[path], args[0]
@@ -99,18 +104,39 @@ class _Call:
         if module.target and weights.knowledge is not None:
             read = inputs if added is None or weights.rows is None else jnp.concatenate([inputs, added], axis=-1)
             function = _over_stack(frozen.frozen_units, module, (getattr(context.module, "stacked_input", False), True))
-            self.made[module.target.name] = function(read, outputs, weights, self.reserve[module.name]["partner"])
+            made = self.projected if module.target.kind == "gru" else self.made
+            made[module.target.name] = function(read, outputs, weights)
         return outputs
+
+    def _unroll(self, module: Module, call: Apply, projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> Any:
+        """A GRU's way through time, with the states of K and C beside those of the live units."""
+        layer, weights = module.target, self.weights.get(module.path)
+        block = frozen.links_of(self.reserve, layer) if layer else None
+        if layer is None or weights is None or block is None:
+            return call(projected, starts, hidden, kernel, bias)
+        size = layer.size + 2 * block["used"].shape[0]
+        if hidden.shape[-1] != size:
+            raise ValueError(f"hidden: {layer.name} has a reserve and {size} running states (Method.state_sizes), got {hidden.shape[-1]}")
+        weights = weights._replace(kernel=kernel.reshape(layer.size, -1))
+        read = partial(frozen.read_states, bias=bias.reshape(-1), weights=weights, block=block)
+        knowledge, compensation = self.projected[layer.name]
+        states, last = unroll_gates(read, frozen.join_gates(projected, knowledge, compensation), starts, hidden)
+        live, knowledge, compensation = frozen.split_states(states, layer.size)
+        self.made[layer.name] = knowledge, compensation
+        return live, last
 
     def _enter(self, layer: NeuronLayer, live: Array) -> tuple[Array, Array | None]:
         """What a reader of a layer is fed: the live activations, and those of the frozen units."""
         if id(live) in self.entered:
             return self.entered[id(live)][1:]
         inputs, added = self._tapped(layer.name, live), None
-        block = self._block(layer)
+        block = frozen.links_of(self.reserve, layer)
+        if block is not None and layer.kind == "gru" and layer.name not in self.made:
+            raise ValueError(f"{layer.name}: composites on recurrent units are known to the module networks.neurons.GRU alone")
         if block is not None and layer.name in self.made:
+            activation = layer.activation if layer.kind == "dense" else _identity
             knowledge, compensation = (
-                self._tapped(f"{layer.name}/{part}", layer.activation(values))
+                self._tapped(f"{layer.name}/{part}", activation(values))
                 for part, values in zip(("knowledge", "compensation"), self.made[layer.name], strict=True)
             )
             module = self.modules[layer.module]
@@ -127,6 +153,10 @@ class _Call:
 
     def _has_rows(self, layer: NeuronLayer) -> bool:
         return any("rows" in self.reserve.get("/".join(kernel[:-1]), {}) for kernel in layer.outgoing)
+
+
+def _identity(states: Array) -> Array:
+    return states
 
 
 def _over_stack(function: Callable[..., Any], module: Module, stacked: tuple[bool, ...]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 A method is made for one graph. Functions it does not need are identities, see `method`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -27,11 +28,14 @@ class Trees(NamedTuple):
         variables: the online network's `{"params": ..., "reserve": ...}`.
         target: the target network's variables; None without one.
         opt_state: the state of the optimizer that `wrap_optimizer` gave; None leaves it alone.
+        states: running recurrent states of whoever acts with the online network, `{layer: [..., S]}`. Composites on recurrent units rewrite
+            them and are refused without; all other methods leave them alone.
     """
 
     variables: Variables
     target: Variables | None = None
     opt_state: optax.OptState | None = None
+    states: dict[str, Array] | None = None
 
 
 class Method(NamedTuple):
@@ -52,6 +56,8 @@ class Method(NamedTuple):
         penalty: `(params, state) -> scalar` to add to the loss.
         has_reserve: whether it owns the collection `reserve`.
         every_update: whether `apply` is meant to run after every gradient step rather than on a schedule.
+        state_sizes: `{layer: S}`, how many running states recurrent layers have under the lifted function where that is more than their
+            live units: H of these, then two per slot. These must be passed to `apply`.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Method(NamedTuple):
     penalty: Callable[[Params, Any], Float[Array, ""]]
     every_update: bool = False
     has_reserve: bool = False
+    state_sizes: Mapping[str, int] = MappingProxyType({})
 
 
 def keep_state(state: Any, variables: Variables, grads: Params, taps: Any) -> Any:
@@ -163,7 +170,9 @@ def chain(*methods: Method) -> Method:
 
     name = "+".join(part.name for part in methods)
     apply = apply if cadences else no_intervention
-    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, any(part.every_update for part in methods))
+    sizes = {layer: size for part in methods for layer, size in part.state_sizes.items()}
+    every_update = any(part.every_update for part in methods)
+    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, every_update, state_sizes=sizes)
 
 
 def _merge(first: Any, second: Any) -> Any:

@@ -12,11 +12,10 @@ from knife_jax.plasticity import scores
 from knife_jax.plasticity import taps as tapping
 from knife_jax.plasticity.checks import check_choice, check_number, is_positively_homogeneous, keep_layers
 from knife_jax.plasticity.composite import over_stack
-from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Units, flat, nested, read, write
-from knife_jax.plasticity.lift import lift
+from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Units, flat, read, write
 from knife_jax.plasticity.method import Method, Report, Swept, Trees, method
-from knife_jax.plasticity.optimizer import Treatment, rewrite
-from knife_jax.plasticity.recycle import Masks, Rule, count, entries, fresh_leaves, watch
+from knife_jax.plasticity.optimizer import Treatment
+from knife_jax.plasticity.recycle import Masks, Rule, count, entries, fresh_leaves, replace, watch
 
 MOST_DEPENDANTS = 5
 """So many dormant units at most share the work of one over-active unit."""
@@ -83,12 +82,9 @@ def reborn(
     chosen = keep_layers(graph, "all" if layers == "mixer" and "mixer" not in networks else layers, _unsplittable, "ReBorn")
     return method(
         "reborn",
-        lift=partial(lift, graph),
         wrap_optimizer=rule.wrap_optimizer,
-        taps=lambda state: tapping.zeros(chosen, ("absolute",)),
-        init=lambda variables: tapping.zeros(chosen, ("absolute",)),
-        observe=partial(watch, window == "window"),
         apply=partial(_apply, chosen, mode, (tau, beta), rule),
+        **watch(graph, chosen, "absolute", accumulate=window == "window"),
     )
 
 
@@ -119,10 +115,8 @@ def _apply(
         treated[layer.name] = (dormant, shared & over)
         said = {"dormant": dormant, "over_active": over, "treated": dormant | shared, "reborn": dormant & shared}
         report |= {f"{layer.name}/{measure}": count(mask) for measure, mask in said.items()}
-    variables = {**trees.variables, "params": nested(new)}
-    changed = nested(_changed(graph, leaves, treated, mode))
-    opt_state = rewrite(tx, trees.opt_state, variables["params"], changed, rule.optimizer_state)
-    return jax.tree.map(jnp.zeros_like, state), Trees(variables, trees.target, opt_state), report
+    trees = replace(trees, lambda _: new, _changed(graph, leaves, treated, mode), tx, rule)
+    return jax.tree.map(jnp.zeros_like, state), trees, report
 
 
 def _changed(graph: Graph, leaves: Flat, treated: dict[str, tuple[Array, Array]], mode: str) -> Flat:

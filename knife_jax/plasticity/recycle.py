@@ -101,17 +101,36 @@ def recycle(graph: Graph, masks: Masks, key: PRNGKeyArray, trees: Trees, tx: Any
     if rule.bias == "zeros":
         fresh |= {path: jnp.zeros_like(fresh[path]) for layer in graph.layers for path in layer.biases}
 
-    def rewritten(variables: Variables) -> Variables:
-        params = {path: jnp.where(incoming[path], fresh[path], leaf) for path, leaf in flat(variables["params"]).items()}
-        if rule.outgoing == "zeros":
-            params = {path: jnp.where(outgoing[path], 0, leaf) for path, leaf in params.items()}
-        return {**variables, "params": nested(params)}
+    def rewritten(leaves: Flat) -> Flat:
+        params = {path: jnp.where(incoming[path], fresh[path], leaf) for path, leaf in leaves.items()}
+        if rule.outgoing == "keep":
+            return params
+        return {path: jnp.where(outgoing[path], 0, leaf) for path, leaf in params.items()}
 
-    online = rewritten(trees.variables)
-    target = rewritten(trees.target) if rule.target and trees.target is not None else trees.target
-    changed = {path: incoming[path] | outgoing[path] if rule.outgoing == "zeros" else incoming[path] for path in leaves}
-    opt_state = rewrite(tx, trees.opt_state, online["params"], nested(changed), rule.optimizer_state)
-    return Trees(online, target, opt_state)
+    changed = {path: incoming[path] | outgoing[path] for path in leaves} if rule.outgoing == "zeros" else incoming
+    return replace(trees, rewritten, changed, tx, rule)
+
+
+def replace(trees: Trees, new: Callable[[Flat], Flat], changed: Flat, tx: Any, rule: Rule) -> Trees:
+    """The trees with new parameters, in the target network too if the rule says so, and the optimizer's state treated.
+
+    Args:
+        trees: what to rewrite.
+        new: of a network's parameters, those that are replaced.
+        changed: a bool for every entry of every parameter.
+        tx: the optimizer of `trees.opt_state`.
+        rule: how.
+    """
+
+    def renewed(variables: Variables) -> Variables:
+        leaves = flat(variables["params"])
+        return {**variables, "params": nested(leaves | new(leaves), variables["params"])}
+
+    online = renewed(trees.variables)
+    target = renewed(trees.target) if rule.target and trees.target is not None else trees.target
+    params = online["params"]
+    opt_state = rewrite(tx, trees.opt_state, params, nested(changed, params), rule.optimizer_state)
+    return trees._replace(variables=online, target=target, opt_state=opt_state)
 
 
 def limited(layer: NeuronLayer, candidates: Bool[Array, "*K H"], order: Float[Array, "*K H"], max_fraction: float) -> Bool[Array, "*K H"]:
@@ -171,10 +190,7 @@ def redo(
         "redo",
         chosen,
         _Judgement("dormant", judge, max_fraction, Rule(outgoing, "drawn", optimizer_state, target)),
-        taps=partial(_taps, chosen, "absolute"),
-        init=lambda variables: tapping.zeros(chosen, ("absolute",)),
-        observe=partial(watch, window == "window"),
-        lift=partial(lift, graph),
+        watch(graph, chosen, "absolute", accumulate=window == "window"),
     )
 
 
@@ -218,23 +234,8 @@ def regrama(
         return scores.layer_relative(gradient) <= tau, gradient
 
     judgement = _Judgement("inactive", judge, max_fraction, Rule(outgoing, "drawn", optimizer_state, target))
-    if score == "weights":
-        return _recycler(
-            "regrama",
-            chosen,
-            judgement,
-            init=lambda variables: {layer.name: jnp.zeros((*layer.stack, layer.size)) for layer in chosen.layers},
-            observe=partial(_weight_gradients, chosen),
-        )
-    return _recycler(
-        "regrama",
-        chosen,
-        judgement,
-        taps=partial(_taps, chosen, "absolute_gradient"),
-        init=lambda variables: tapping.zeros(chosen, ("absolute_gradient",)),
-        observe=partial(watch, False),
-        lift=partial(lift, graph),
-    )
+    activations = watch(graph, chosen, "absolute_gradient", accumulate=False)
+    return _recycler("regrama", chosen, judgement, activations if score == "activation" else _watch_weights(chosen))
 
 
 class _Judgement(NamedTuple):
@@ -246,11 +247,11 @@ class _Judgement(NamedTuple):
     rule: Rule
 
 
-def _recycler(name: str, graph: Graph, judgement: _Judgement, **functions: Any) -> Method:
+def _recycler(name: str, graph: Graph, judgement: _Judgement, watching: dict[str, Callable]) -> Method:
     """A method that recycles whom its state condemns, and then forgets."""
     check_number("max_fraction", judgement.max_fraction, above=0, at_most=1)
     rule = judgement.rule.check()
-    return method(name, wrap_optimizer=rule.wrap_optimizer, apply=partial(_apply, graph, judgement), **functions)
+    return method(name, wrap_optimizer=rule.wrap_optimizer, apply=partial(_apply, graph, judgement), **watching)
 
 
 def _apply(graph: Graph, judgement: _Judgement, key: PRNGKeyArray, state: Any, trees: Trees, tx: Any = None) -> tuple[Any, Trees, Report]:
@@ -265,15 +266,33 @@ def _apply(graph: Graph, judgement: _Judgement, key: PRNGKeyArray, state: Any, t
     return jax.tree.map(jnp.zeros_like, state), trees, report
 
 
-def _taps(graph: Graph, statistic: str, state: Any) -> dict[str, tapping.Tap]:
-    return tapping.zeros(graph, (statistic,))
+def watch(graph: Graph, chosen: Graph, statistic: str, accumulate: bool) -> dict[str, Callable]:
+    """The functions of a method that watches one statistic of its units: `lift`, `taps`, `init` and `observe`.
+
+    Args:
+        graph: the layers of the model.
+        chosen: those that are watched.
+        statistic: see `taps.zeros`.
+        accumulate: sums over all batches since the state was cleared, or of the last one alone.
+    """
+
+    def observe(state: Any, variables: Variables, grads: Any, taps: Any) -> Any:
+        return tapping.add(state if accumulate else jax.tree.map(jnp.zeros_like, state), taps)
+
+    def zeros(_: Any) -> Any:
+        return tapping.zeros(chosen, (statistic,))
+
+    return {"lift": partial(lift, graph), "taps": zeros, "init": zeros, "observe": observe}
 
 
-def watch(accumulate: bool, state: Any, variables: Variables, grads: Any, taps: Any) -> Any:
-    """The sums of taps over all batches, or of the last one alone, for `Method.observe`."""
-    return tapping.add(state if accumulate else jax.tree.map(jnp.zeros_like, state), taps)
+def _watch_weights(chosen: Graph) -> dict[str, Callable]:
+    """The same for a score that the gradients of weights give by themselves."""
 
+    def init(variables: Variables) -> dict[str, Array]:
+        return {layer.name: jnp.zeros((*layer.stack, layer.size)) for layer in chosen.layers}
 
-def _weight_gradients(graph: Graph, state: Any, variables: Variables, grads: Any, taps: Any) -> Any:
-    leaves = flat(grads)
-    return {layer.name: scores.weight_gradient(leaves, layer) for layer in graph.layers}
+    def observe(state: Any, variables: Variables, grads: Any, taps: Any) -> dict[str, Array]:
+        leaves = flat(grads)
+        return {layer.name: scores.weight_gradient(leaves, layer) for layer in chosen.layers}
+
+    return {"init": init, "observe": observe}

@@ -30,8 +30,8 @@ from knife_jax.plasticity.self_normalized_resets import self_normalized_resets
 def wide_none(graph: Graph, reserve: float = 1.0) -> Method:
     """No cure, on a wider network: is it just capacity?
 
-    The networks of `make_train` get `1 + 2 reserve` times as many units, all trainable, in every hidden layer that KNIFE treats: as many as
-    live, knowledge and compensation neurons together.
+    The networks of `make_train` get `1 + 2 reserve` times as many units, all trainable, in every hidden layer that KNIFE treats by default
+    (all but the GRU): as many as live, knowledge and compensation neurons together.
 
     Raises:
         ValueError: for a negative reserve.

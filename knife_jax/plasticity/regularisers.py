@@ -104,7 +104,7 @@ def _allocate_norm(graph: Graph, variables: Variables) -> Variables:
     for layer in graph.layers:
         like = leaves[layer.incoming[0]].dtype
         leaves |= {(*layer.module, name): jnp.full((*layer.stack, layer.size), value, like) for name, value in NORMALISATION.items()}
-    return {**variables, "params": nested(leaves)}
+    return {**variables, "params": nested(leaves, variables["params"])}
 
 
 def _lift_norm(graph: Graph, epsilon: float, apply: Apply, prefix: Path = ()) -> Apply:

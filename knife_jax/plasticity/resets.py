@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from knife_jax.plasticity.checks import check_choice, check_number
-from knife_jax.plasticity.graph import Flat, Graph, Path, flat, nested
+from knife_jax.plasticity.graph import Flat, Graph, Path, flat
 from knife_jax.plasticity.method import Method, Report, Swept, Trees, method
-from knife_jax.plasticity.optimizer import Treatment, rewrite
-from knife_jax.plasticity.recycle import Rule, fresh_leaves
+from knife_jax.plasticity.optimizer import Treatment
+from knife_jax.plasticity.recycle import Rule, fresh_leaves, replace
 from knife_jax.plasticity.regularisers import copied_params
 
 
@@ -54,19 +54,12 @@ def _apply_reset(
     fresh = fresh_leaves(graph, key, leaves)
     chosen = [path for path in leaves if is_reset(path)]
     new = {path: fresh[path] for path in chosen}
-    trees = _replaced(trees, new, new if rule.target else {}, tx, rule.optimizer_state)
-    return state, trees, _numbers(leaves, chosen)
+    return state, replace(trees, lambda _: new, _whole(leaves, chosen), tx, rule), _numbers(leaves, chosen)
 
 
-def _replaced(trees: Trees, online: Flat, target: Flat, tx: Any, treatment: Treatment) -> Trees:
-    """The trees with whole parameters replaced, in the online and in the target network."""
-    params = nested(flat(trees.variables["params"]) | online)
-    variables = {**trees.variables, "params": params}
-    changed = {path: jnp.full(leaf.shape, path in online) for path, leaf in flat(params).items()}
-    opt_state = rewrite(tx, trees.opt_state, params, nested(changed), treatment)
-    if trees.target is None or not target:
-        return Trees(variables, trees.target, opt_state)
-    return Trees(variables, {**trees.target, "params": nested(flat(trees.target["params"]) | target)}, opt_state)
+def _whole(leaves: Flat, chosen: list[Path]) -> Flat:
+    """Marks all entries of the chosen parameters."""
+    return {path: jnp.full(leaf.shape, path in chosen) for path, leaf in leaves.items()}
 
 
 def _numbers(leaves: Flat, chosen: list[Path]) -> Report:
@@ -153,9 +146,7 @@ def _apply_shrink(
     def moved(leaves: Flat) -> Flat:
         return {path: (shrink * leaves[path] + values).astype(leaves[path].dtype) for path, values in added.items()}
 
-    target = moved(flat(trees.target["params"])) if rule.target and trees.target is not None else {}
-    trees = _replaced(trees, moved(leaves), target, tx, rule.optimizer_state)
-    return state, trees, _numbers(leaves, list(added))
+    return state, replace(trees, moved, _whole(leaves, list(added)), tx, rule), _numbers(leaves, list(added))
 
 
 def _noise(key: PRNGKeyArray, like: Array) -> Float[Array, "..."]:
