@@ -5,8 +5,8 @@
     python -m benchmarks.env_speed --scenarios 3m --envs 256 --parts       # where our time goes
 
 A step is what collecting data needs: the battle against the heuristic enemy for a random action per ally (attacks out of range do nothing
-in either), automatic reset, and the allies' observations, world state and action masks. One JSON line per row. Rates are steps per second of
-processor time (`_cpu`), which other jobs on the machine disturb less, and of wall time (`_wall`).
+in either), automatic reset, and the allies' observations, world state and action masks. One JSON line per row. Rates are steps per second
+of processor time (`_cpu`), which other jobs on the machine disturb less, and of wall time (`_wall`).
 """
 
 import argparse
