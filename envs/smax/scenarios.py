@@ -212,13 +212,17 @@ def _drift_tasks(race: str, units: int) -> dict[str, dict[str, Any]]:
     return {
         "mixed": {},
         "first_type": {"unit_weights": {first: 1.0}, "start_weights": {"facing": 1.0}},
-        "surrounded": {"start_weights": {"surround": 1.0}, "enemy_scale": {"attack": 0.75}},
+        "surrounded": {"start_weights": {"surround": 1.0}, "enemy_scale": {"attack": 0.9}},
         "second_type": {"unit_weights": {second: 1.0}, "start_weights": {"reflect": 1.0}},
         "surrounding": {"start_weights": {"surround": 1.0}, "allies_inside": 0.0},
-        "strong_enemy": {"start_weights": {"reflect": 1.0}, "enemy_scale": {"health": 1.25}},
+        "strong_enemy": {"start_weights": {"reflect": 1.0}, "enemy_scale": {"health": 1.1}},
         "erratic_enemy": {"attack_mode": "random", "enemy_idleness": 0.3, "enemy_scale": {"attack": 1.5}},
-        "fast_enemy": {"start_weights": {"facing": 1.0}, "enemy_scale": {"speed": 1.5, "attack": 0.75}},
-        "outnumbered": {"active_allies": units - max(1, units // 5), "start_weights": {"facing": 1.0}},
+        "fast_enemy": {"start_weights": {"facing": 1.0}, "enemy_scale": {"speed": 1.5, "attack": 0.9}},
+        "outnumbered": {
+            "active_allies": units - max(1, units // 5),
+            "start_weights": {"facing": 1.0},
+            "enemy_scale": {"health": 0.75},
+        },
         "short_sighted": {"ally_scale": {"sight_range": 0.6}, "enemy_scale": {"sight_range": 0.6}, "spread": 4.0},
     }
 
