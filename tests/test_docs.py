@@ -63,7 +63,7 @@ def test_docstring_examples_give_what_they_show(name):
     assert results == (0, len(EXAMPLE.findall(SOURCES[name])))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cures.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/cures.md", "docs/smax.md"])
 def test_the_pages_run(page):
     """All their Python blocks, in order, in one namespace; a traceback names the page's own line."""
     text = (ROOT / page).read_text(encoding="utf-8")
