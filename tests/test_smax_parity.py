@@ -172,3 +172,27 @@ def their_enemy(both: Oracle, states, attack_mode: str):
         return jnp.where(index < 0, -1, both.ours.num_agents - 1 - index)
 
     return actions, counted(attacked), counted(remembered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["3s5z_vs_3s6z", "smacv2_5_units"])
+def test_conic_views_are_theirs(scenario):
+    """With unit 0 missing and the dead shown; but for observers who have somebody on the line between two sectors."""
+    both = oracle(scenario, "conic")
+    env, (_, _, _, (after, *_)) = both.ours, their_battles(scenario)
+    after = jax.tree.map(lambda leaf: leaf[::6], after)
+
+    def views(state):
+        return stacked(both.theirs.get_obs_conic(state), both.theirs.agents[: env.num_agents])
+
+    with in_jaxmarl():
+        theirs = np.asarray(all_steps(views)(after))
+    state = converted(env, after)
+    ours = np.asarray(all_steps(lambda state: env.observe(env.record(state), both.params).agents)(state))
+    x, y = np.asarray(state.x), np.asarray(state.y)
+    sector = (np.arctan2(y[..., None, :] - y[..., :, None], x[..., None, :] - x[..., :, None]) + np.pi) * 32 / (2 * np.pi)
+    certain = (np.abs(sector - np.round(sector)) > 1e-3) | np.eye(env.num_units, dtype=bool)
+    certain = certain.all(-1)[..., : env.num_agents]
+    assert certain.mean() > 0.5
+    np.testing.assert_allclose(ours[certain], theirs[certain], atol=1e-5)
+    assert (np.abs(theirs[certain][:, :-10]) > 0).any()
