@@ -176,59 +176,65 @@ def compare(scenario: str, text: str, settings: argparse.Namespace) -> dict[str,
 def parts(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, Any]:
     """One row: microseconds of processor time per environment step of the parts of ours, each alone in a loop; they overlap."""
     import jax
-    import jax.numpy as jnp
-
-    from envs import smax
-    from envs.smax.game import _batched
-    from envs.smax.start import num_draws
-    from envs.wrappers import AutoReset
 
     seeds, num_envs = sizes(text)
     if seeds:
         raise SystemExit("--parts takes environments without seeds")
-    env, params = smax.make(scenario)
-    wrapped, batched = AutoReset(env), _batched(env)
-    keys = jax.random.split(jax.random.key(0), num_envs)
-    state = jax.vmap(lambda key: wrapped.reset(key, params))(keys)
-    actions = jnp.ones((num_envs, env.num_agents), jnp.int32)
-    bits = jax.random.bits(jax.random.key(1), (num_envs, num_draws(env.num_units)))
-    step_bits = bits[:, : env.num_units + env.num_enemies]
-    barrier = jax.lax.optimization_barrier
-
-    def alive(state: Any) -> Any:
-        return state._replace(health=jnp.maximum(state.health, 1.0))
-
-    def seen(carry: Any) -> Any:
-        state, _ = carry
-        now = jax.vmap(lambda state: env.observe(env.record(state), params))(state)
-        return state._replace(x=state.x + 1e-6 * now.agents[:, :1, 0]), now
-
-    first = jax.vmap(lambda state: env.observe(env.record(state), params))(state.env)
-    bodies: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-        "battle": (state.env, lambda s: alive(jax.vmap(lambda b, s, a: batched.step(b, s, a, params))(step_bits, s, actions)[0])),
-        "battle_and_draws": (
-            (state.env, keys),
-            lambda c: (alive(jax.vmap(lambda k, s, a: env.step(k, s, a, params))(c[1], c[0], actions)[0]), barrier(c[1])),
-        ),
-        "start": (
-            state.env,
-            lambda s: jax.vmap(lambda b: batched.start(b, params))(bits + s.steps[:, None].astype(jnp.uint32)),
-        ),
-        "with_automatic_reset": (
-            (state, keys),
-            lambda c: (jax.vmap(lambda k, s, a: wrapped.step(k, s, a, params))(c[1], c[0], actions)[0], barrier(c[1])),
-        ),
-        "observations": ((state.env, first), seen),
-    }
+    bodies = part_bodies(scenario, num_envs)
     looped = {
         name: jax.jit(lambda carry, body=body: jax.lax.scan(lambda c, _: (body(c), None), carry, None, length=STEPS)[0])
         for name, (_, body) in bodies.items()
     }
-    timed = interleaved(
-        {name: lambda _, name=name: jax.block_until_ready(looped[name](bodies[name][0])) for name in bodies}, settings.repeats
-    )
+    runs = {name: lambda _, name=name: jax.block_until_ready(looped[name](bodies[name][0])) for name in bodies}
     row: dict[str, Any] = {"scenario": scenario, "envs": text, "cores": settings.cores or os.cpu_count()}
-    return row | {f"{name}_us": round(each.cpu / num_envs / STEPS * 1e6, 3) for name, each in timed.items()}
+    return row | {f"{name}_us": round(each.cpu / num_envs / STEPS * 1e6, 3) for name, each in interleaved(runs, settings.repeats).items()}
+
+
+def part_bodies(scenario: str, num_envs: int) -> dict[str, tuple[Any, Callable[[Any], Any]]]:
+    """For each part what a loop carries at first, and the body."""
+    import jax
+    import jax.numpy as jnp
+
+    from envs import smax
+    from envs.smax.game import batched
+    from envs.smax.start import num_draws
+    from envs.wrappers import AutoReset
+
+    env, params = smax.make(scenario)
+    wrapped, whole = AutoReset(env), batched(env)
+    keys = jax.random.split(jax.random.key(0), num_envs)
+    state = jax.vmap(lambda key: wrapped.reset(key, params))(keys)
+    actions = jnp.ones((num_envs, env.num_agents), jnp.int32)
+    bits = jax.random.bits(jax.random.key(1), (num_envs, num_draws(env.num_units)))
+
+    def healed(state: Any) -> Any:
+        return state._replace(health=jnp.maximum(state.health, 1.0))
+
+    def battle(state: Any) -> Any:
+        step = jax.vmap(lambda bits, state, actions: whole.step(bits, state, actions, params))
+        return healed(step(bits[:, : env.num_units + env.num_enemies], state, actions)[0])
+
+    def steps(game: Any, mend: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        step = jax.vmap(lambda key, state, actions: game.step(key, state, actions, params))
+        return lambda carry: (mend(step(carry[1], carry[0], actions)[0]), jax.lax.optimization_barrier(carry[1]))
+
+    def start(state: Any) -> Any:
+        return jax.vmap(lambda bits: whole.start(bits, params))(bits + state.steps[:, None].astype(jnp.uint32))
+
+    def observe(state: Any) -> Any:
+        return jax.vmap(lambda state: env.observe(env.record(state), params))(state)
+
+    def look(carry: Any) -> Any:
+        seen = observe(carry[0])
+        return carry[0]._replace(x=carry[0].x + 1e-6 * seen.agents[:, :1, 0]), seen
+
+    return {
+        "battle": (state.env, battle),
+        "battle_and_draws": ((state.env, keys), steps(env, healed)),
+        "start": (state.env, start),
+        "with_automatic_reset": ((state, keys), steps(wrapped, lambda state: state)),
+        "observations": ((state.env, observe(state.env)), look),
+    }
 
 
 def main() -> None:

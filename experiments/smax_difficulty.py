@@ -71,6 +71,7 @@ def _player(env: Smax, policy: str) -> Callable[..., Episodes]:
 def measure(scenario: str, number: int, seed: int) -> list[dict[str, Any]]:
     """One row per task and policy: means, with four digits, and a 95 % interval of the win rate."""
     env, tasks = make("smax", scenario)
+    assert isinstance(env, Smax)
     rows = []
     for policy in POLICIES:
         player = _player(env, policy)

@@ -82,7 +82,7 @@ def test_tasks_are_stacked_parameters_of_one_environment(name, scenario):
         (("predator_prey", "drift"), {"miscapture": -1}, "did you mean 'miscapture_punishment'"),
         (("jaxmarl", "MPE_simple_spread"), {}, "unknown game of JaxMARL 'MPE_simple_spread'; did you mean 'MPE_simple_spread_v3'"),
         (("smax",), {"max_step": 8}, "unknown option 'max_step'; did you mean 'max_steps'"),
-        (("smax", "5gen_terran_drift"), {"max_step": 8}, "options {'max_step': 8} are not what this game takes"),
+        (("smax", "5gen_terran_drift"), {"atack_mode": "random"}, "unknown option 'atack_mode'; did you mean 'attack_mode'"),
         (("jaxmarl", "3m"), {"map_widht": 8}, "options {'map_widht': 8} are not what this game takes"),
     ],
 )

@@ -115,7 +115,7 @@ class Smax(Environment):
 
     def reset(self, key: PRNGKeyArray, params: SmaxParams) -> SmaxState:
         """Draws unit types and positions; everyone is healthy and ready to shoot."""
-        return _batched(self).start(jax.random.bits(key, (num_draws(self.num_units),)), _without_policy(params))
+        return batched(self).start(jax.random.bits(key, (num_draws(self.num_units),)), _without_policy(params))
 
     def step(self, key: PRNGKeyArray, state: SmaxState, actions: Actions, params: SmaxParams) -> tuple[SmaxState, Outcome]:
         """Eight ticks of a sixteenth of a second, during which every unit keeps to its action.
@@ -126,11 +126,11 @@ class Smax(Environment):
         draws, plain = self.num_units, _without_policy(params)
         if self.enemy_policy is None:
             bits = jax.random.bits(key, (draws + self.num_enemies,))
-            stepped, happened = _batched(self).step(bits, state, actions, plain)
+            stepped, happened = batched(self).step(bits, state, actions, plain)
         else:
             key_bits, key_policy = jax.random.split(key)
             enemy_actions = self.enemy_policy(key_policy, self.observe_as_enemy(self.record(state), params), params.enemy)
-            stepped, happened = _batched(self).step_all(jax.random.bits(key_bits, (draws,)), state, actions, enemy_actions, plain)
+            stepped, happened = batched(self).step_all(jax.random.bits(key_bits, (draws,)), state, actions, enemy_actions, plain)
         terminated = happened.allies_dead | happened.enemies_dead
         truncated = (stepped.steps >= self.max_steps + int(self.legacy)) & ~terminated
         won, lost = happened.enemies_dead & ~happened.allies_dead, happened.allies_dead & ~happened.enemies_dead
@@ -159,7 +159,7 @@ class Smax(Environment):
         return jnp.asarray(params.damage_reward + params.win_reward, jnp.float32)
 
     def _observe(self, record: SmaxRecord, params: SmaxParams) -> Observation:
-        agents, state, action_mask = _batched(self).observe(record, params)
+        agents, state, action_mask = batched(self).observe(record, params)
         if self.observation_type == "conic":
             agents = _placed(*agents)
         return Observation(agents, state, action_mask, jnp.arange(self.num_agents) < params.active_allies)
@@ -178,7 +178,8 @@ class _Batched(NamedTuple):
 
 
 @functools.lru_cache(maxsize=128)
-def _batched(env: Smax) -> _Batched:
+def batched(env: Smax) -> _Batched:
+    """The functions of one environment, made once, so that equal environments share what is traced and compiled."""
     return _Batched(*(batch_last(functools.partial(function, env)) for function in (_start, _step, _step_all, _observe)))
 
 

@@ -82,49 +82,17 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def make(
-    scenario: str = "3m",
-    *,
-    allies: Team | None = None,
-    enemies: Team | None = None,
-    max_steps: int = 100,
-    observation_type: str = "unit_list",
-    legacy: bool = False,
-    unit_weights: Mapping[str, float] | None = None,
-    start_weights: Mapping[str, float] | None = None,
-    allies_inside: float | None = None,
-    group_weights: Sequence[float] | None = None,
-    spread: float = 2.0,
-    active_allies: int | None = None,
-    active_enemies: int | None = None,
-    attack_mode: str = "closest",
-    enemy_shoots: bool = True,
-    enemy_idleness: float = 0.0,
-    ally_scale: Mapping[str, float] | None = None,
-    enemy_scale: Mapping[str, float] | None = None,
-    unit_statistics: Mapping[str, Mapping[str, float]] | None = None,
-    damage_reward: float = 1.0,
-    win_reward: float = 1.0,
-    loss_reward: float = 0.0,
-    see_enemy_actions: bool = True,
-    walls_cause_death: bool = True,
-) -> tuple[Smax, SmaxParams]:
-    """Makes SMAX for a scenario.
+class TaskOptions(NamedTuple):
+    """What may differ between tasks of one size.
 
-    Args:
-        scenario: a key of `SCENARIOS`, or `custom` with teams of your own.
-        allies: of `custom`: how many of each type, such as `{"marine": 3}`.
-        enemies: of `custom`.
-        max_steps: the time limit in environment steps (half a second each).
-        observation_type: `unit_list` or `conic`.
-        legacy: exactly as JaxMARL 0.2, defects included; see `Smax`.
-        unit_weights: random teams of these types with these chances, which sum to 1.
-        start_weights: chances of the start laws `facing`, `reflect` and `surround`, which sum to 1.
-        allies_inside: the chance that a surrounded team is the allies.
-        group_weights: chances of one, two, three and four groups around it.
+    Attributes:
+        unit_weights: random teams of these types with these chances, which sum to 1; the scenario's own if None.
+        start_weights: chances of the start laws `facing`, `reflect` and `surround`, which sum to 1; the scenario's own if None.
+        allies_inside: the chance that a surrounded team is the allies; the scenario's own if None.
+        group_weights: chances of one, two, three and four groups around it; the scenario's own if None.
         spread: of the clusters, in map units.
-        active_allies: how many of the allies take part.
-        active_enemies: how many of the enemies take part.
+        active_allies: how many of the allies take part; all if None.
+        active_enemies: how many of the enemies take part; all if None.
         attack_mode: whom the heuristic enemy attacks, `closest` or `random`.
         enemy_shoots: whether it does.
         enemy_idleness: the chance that an enemy unit does nothing on a step.
@@ -136,45 +104,100 @@ def make(
         loss_reward: for losing.
         see_enemy_actions: whether agents see what enemies last did.
         walls_cause_death: whether touching the border kills.
+    """
+
+    unit_weights: Mapping[str, float] | None = None
+    start_weights: Mapping[str, float] | None = None
+    allies_inside: float | None = None
+    group_weights: Sequence[float] | None = None
+    spread: float = 2.0
+    active_allies: int | None = None
+    active_enemies: int | None = None
+    attack_mode: str = "closest"
+    enemy_shoots: bool = True
+    enemy_idleness: float = 0.0
+    ally_scale: Mapping[str, float] | None = None
+    enemy_scale: Mapping[str, float] | None = None
+    unit_statistics: Mapping[str, Mapping[str, float]] | None = None
+    damage_reward: float = 1.0
+    win_reward: float = 1.0
+    loss_reward: float = 0.0
+    see_enemy_actions: bool = True
+    walls_cause_death: bool = True
+
+
+SIZE_OPTIONS = ("allies", "enemies", "max_steps", "observation_type", "legacy")
+
+
+def make(
+    scenario: str = "3m",
+    *,
+    allies: Team | None = None,
+    enemies: Team | None = None,
+    max_steps: int = 100,
+    observation_type: str = "unit_list",
+    legacy: bool = False,
+    **options: Any,
+) -> tuple[Smax, SmaxParams]:
+    """Makes SMAX for a scenario.
+
+    Args:
+        scenario: a key of `SCENARIOS`, or `custom` with teams of your own.
+        allies: of `custom`: how many of each type, such as `{"marine": 3}`.
+        enemies: of `custom`.
+        max_steps: the time limit in environment steps (half a second each).
+        observation_type: `unit_list` or `conic`.
+        legacy: exactly as JaxMARL 0.2, defects included; see `Smax`.
+        **options: fields of `TaskOptions`.
 
     Returns:
         The environment and the task.
 
     Raises:
-        ValueError: with the option's name, for anything out of range.
+        ValueError: with the option's name, for anything unknown or out of range.
 
     Examples:
         >>> env, params = make("2s3z")
         >>> env.num_agents, env.num_actions, env.observation_size, env.state_size
         (5, 10, 127, 120)
     """
+    for name in options:
+        if name not in TaskOptions._fields:
+            raise unknown_name("option", name, (*TaskOptions._fields, *SIZE_OPTIONS))
     teams = _teams(scenario, allies, enemies)
-    ally_types, enemy_types = _listed("allies", teams.allies), _listed("enemies", teams.enemies)
-    env = Smax(len(ally_types), len(enemy_types), max_steps, observation_type, bool(legacy))
-    weights = teams.random_weights if unit_weights is None else unit_weights
-    starts = start_weights or ({"facing": 1.0} if teams.random_weights is None else {"reflect": 0.5, "surround": 0.5})
-    if attack_mode not in ATTACK_MODES:
-        raise unknown_name("attack_mode", attack_mode, ATTACK_MODES)
+    unit_types = _listed("allies", teams.allies), _listed("enemies", teams.enemies)
+    env = Smax(len(unit_types[0]), len(unit_types[1]), max_steps, observation_type, bool(legacy))
+    return env, _params(env, teams, TaskOptions(**options))._replace(unit_types=jnp.array(unit_types[0] + unit_types[1], jnp.int8))
+
+
+def _params(env: Smax, teams: Scenario, options: TaskOptions) -> SmaxParams:
+    """A task of marines alone, unless teams are random."""
+    random = teams.random_weights is not None
+    weights = teams.random_weights if options.unit_weights is None else options.unit_weights
+    starts = options.start_weights or ({"reflect": 0.5, "surround": 0.5} if random else {"facing": 1.0})
+    if options.attack_mode not in ATTACK_MODES:
+        raise unknown_name("attack_mode", options.attack_mode, ATTACK_MODES)
+    inside = (1.0 if teams.smacv2_starts else 0.5) if options.allies_inside is None else options.allies_inside
     groups = (0.25,) * 4 if teams.smacv2_starts else (0.0, 0.0, 0.0, 1.0)
-    return env, SmaxParams(
-        statistics=_statistics(unit_statistics or {}, {"ally_scale": ally_scale or {}, "enemy_scale": enemy_scale or {}}),
-        unit_types=jnp.array(ally_types + enemy_types, jnp.int8),
+    return SmaxParams(
+        statistics=_statistics(options),
+        unit_types=jnp.zeros(env.num_units, jnp.int8),
         random_types=jnp.asarray(weights is not None),
         type_weights=_law("unit_weights", weights or {UNIT_TYPES[0]: 1.0}, UNIT_TYPES),
         start_weights=_law("start_weights", starts, STARTS),
-        allies_inside=_share("allies_inside", (1.0 if teams.smacv2_starts else 0.5) if allies_inside is None else allies_inside),
-        group_weights=_group_law(groups if group_weights is None else group_weights),
-        spread=_number("spread", spread, 0.0, 8.0),
-        active_allies=_count("active_allies", active_allies, env.num_agents),
-        active_enemies=_count("active_enemies", active_enemies, env.num_enemies),
-        enemy_shoots=jnp.asarray(bool(enemy_shoots)),
-        enemy_attacks_randomly=jnp.asarray(attack_mode == "random"),
-        enemy_idleness=_share("enemy_idleness", enemy_idleness),
-        damage_reward=_number("damage_reward", damage_reward),
-        win_reward=_number("win_reward", win_reward),
-        loss_reward=_number("loss_reward", loss_reward),
-        see_enemy_actions=jnp.asarray(bool(see_enemy_actions)),
-        walls_cause_death=jnp.asarray(bool(walls_cause_death)),
+        allies_inside=_share("allies_inside", inside),
+        group_weights=_group_law(groups if options.group_weights is None else options.group_weights),
+        spread=_number("spread", options.spread, 0.0, 8.0),
+        active_allies=_count("active_allies", options.active_allies, env.num_agents),
+        active_enemies=_count("active_enemies", options.active_enemies, env.num_enemies),
+        enemy_shoots=jnp.asarray(bool(options.enemy_shoots)),
+        enemy_attacks_randomly=jnp.asarray(options.attack_mode == "random"),
+        enemy_idleness=_share("enemy_idleness", options.enemy_idleness),
+        damage_reward=_number("damage_reward", options.damage_reward),
+        win_reward=_number("win_reward", options.win_reward),
+        loss_reward=_number("loss_reward", options.loss_reward),
+        see_enemy_actions=jnp.asarray(bool(options.see_enemy_actions)),
+        walls_cause_death=jnp.asarray(bool(options.walls_cause_death)),
     )
 
 
@@ -293,17 +316,17 @@ def _count(path: str, value: int | None, most: int) -> Any:
     return jnp.int32(value)
 
 
-def _statistics(own: Mapping[str, Mapping[str, float]], scales: Mapping[str, Mapping[str, float]]) -> UnitStatistics:
+def _statistics(options: TaskOptions) -> UnitStatistics:
     """The statistics of both teams, `[2, K]` each."""
     tables = {name: np.array([row, row]) for name, row in STATISTICS.items()}
-    for unit, numbers in own.items():
+    for unit, numbers in (options.unit_statistics or {}).items():
         if unit not in UNIT_TYPES:
             raise unknown_name("unit in unit_statistics", unit, UNIT_TYPES)
         for name, value in numbers.items():
             _statistic_name(f"unit_statistics.{unit}", name)
             tables[name][:, UNIT_TYPES.index(unit)] = _positive(f"unit_statistics.{unit}.{name}", value)
-    for team, (path, factors) in enumerate(scales.items()):
-        for name, factor in factors.items():
+    for team, path in enumerate(("ally_scale", "enemy_scale")):
+        for name, factor in (getattr(options, path) or {}).items():
             _statistic_name(path, name)
             tables[name][team] *= _positive(f"{path}.{name}", factor)
     for name in ("health", "attack"):
