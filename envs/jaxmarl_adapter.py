@@ -21,11 +21,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 from envs.base import Actions, Environment, EnvParams, Flag, Observation, Outcome, Scalar, unknown_name
 from envs.jaxmarl_quiet import import_jaxmarl, in_jaxmarl
 
-SMAX_SCENARIOS = (
-    *("3m", "2s3z", "25m", "3s5z", "8m", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"),
-    *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
-)
-
 _TEAM_REWARDS: dict[str, Callable[[Float[Array, "A"]], Scalar]] = {
     "first": lambda rewards: rewards[0],
     "sum": jnp.sum,

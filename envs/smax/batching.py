@@ -24,7 +24,7 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The same function of pytrees without the batch axis. Under any number of `vmap`s it runs `function` once, on all of them.
     """
-    settled = _apart(function)
+    settled = apart(function)
 
     @custom_vmap
     def many(*args: Any) -> Any:
@@ -46,7 +46,7 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     return single
 
 
-def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, compiled on processors as a computation of its own.
 
     XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always

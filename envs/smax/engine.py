@@ -35,16 +35,17 @@ class Orders(NamedTuple):
     target: Int[Array, "N B"]
 
 
+def picked(rows: Float[Array, "R b"], index: Int[Array, "U B"]) -> Float[Array, "U B"]:
+    """The row that each index names, the first for an index below 0; by comparing with every row, which costs less than a gather."""
+    found = jnp.broadcast_to(rows[:1], index.shape)
+    for row in range(1, rows.shape[0]):
+        found = jnp.where(index == row, rows[row : row + 1], found)
+    return found
+
+
 def of_type(table: Float[Array, "2 K b"], unit_types: Int[Array, "N B"], num_allies: int) -> Float[Array, "N B"]:
-    """Looks every unit's number up, by comparing with every type."""
-
-    def look(rows: Array, own: Array) -> Array:
-        found = jnp.broadcast_to(rows[:1], own.shape)
-        for index in range(1, rows.shape[0]):
-            found = jnp.where(own == index, rows[index : index + 1], found)
-        return found
-
-    return jnp.concatenate([look(table[0], unit_types[:num_allies]), look(table[1], unit_types[num_allies:])])
+    """Looks every unit's number up."""
+    return jnp.concatenate([picked(table[0], unit_types[:num_allies]), picked(table[1], unit_types[num_allies:])])
 
 
 def statistics_of(statistics: UnitStatistics, unit_types: Int[Array, "N B"], num_allies: int) -> UnitStatistics:
@@ -96,15 +97,8 @@ def push_apart(x: Float[Array, "N B"], y: Float[Array, "N B"], radius: Float[Arr
 
 def _aimed(values: Float[Array, "N B"], target: Int[Array, "N B"], num_allies: int) -> Float[Array, "N B"]:
     """The value of each unit's target, the first opponent's if it has none."""
-
-    def find(opponents: Array, target: Array) -> Array:
-        found = jnp.broadcast_to(opponents[:1], target.shape)
-        for index in range(1, opponents.shape[0]):
-            found = jnp.where(target == index, opponents[index : index + 1], found)
-        return found
-
     allies, enemies = values[:num_allies], values[num_allies:]
-    return jnp.concatenate([find(enemies, target[:num_allies]), find(allies, target[num_allies:])])
+    return jnp.concatenate([picked(enemies, target[:num_allies]), picked(allies, target[num_allies:])])
 
 
 def _suffered(hits: Float[Array, "U B"], target: Int[Array, "U B"], num_opponents: int) -> Float[Array, "O B"]:

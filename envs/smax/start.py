@@ -4,10 +4,10 @@ Laws of JaxMARL's `distributions.py`, and of SMACv2's `distributions.py` where n
 B battles. Every draw of a law is made, whichever law applies; the draws are shared between the laws, as only one applies.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from envs.smax.batching import apart
 from envs.smax.engine import FAR, high_half, low_half, push_apart, statistics_of, stop_all, whole
 from envs.smax.types import NOBODY, SmaxParams, SmaxState
 
@@ -41,7 +41,7 @@ def start(bits: UInt32[Array, "D B"], params: SmaxParams, num_allies: int, map_s
     if not legacy:
         x, y = _reflected(x, map_size[0]), _reflected(y, map_size[1])
     radius = jnp.where(present, statistics.radius, -FAR)
-    x, y = jax.lax.cond(high_half(bits[0])[0] < 1.0, push_apart, lambda x, y, _: (x, y), x, y, radius)
+    x, y = apart(push_apart)(x, y, radius)
     if not legacy:
         x, y = jnp.clip(x, EDGE, map_size[0] - EDGE), jnp.clip(y, EDGE, map_size[1] - EDGE)
     size = bits.shape[-1]
