@@ -143,7 +143,7 @@ def loss_fn(
     """
     settings, swept = networks.config.learner, hyper["learner"]
     slots = batch.slots
-    observation = observe(networks, slots.record, slots.task)
+    observation = observe(networks, slots.record, slots.task, batch.task)
     valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
     acting = valid & observation.agent_mask
     if variables.get("taps"):

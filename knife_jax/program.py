@@ -194,19 +194,20 @@ class Program:
             rollout = collect.cut_rollout(rollout)
         stored = replay.add(state.replay, rollout)
         start = Learning(state.learner, state.counters.updates, self.networks.running_states(collector.actors.hidden))
-        learning, summed = self._learn(key_learn, start, stored, hyper)
+        learning, summed = self._learn(key_learn, start, stored, task, hyper)
         counters = Counters(state.counters.rounds + 1, learning.updates)
         collector = _acting_on(collector, learning.acting)
         return RunnerState(learning.learner, collector, stored, counters, key, state.stagnant), (played, summed)
 
-    def _learn(self, key: PRNGKeyArray, start: Learning, stored: replay.ReplayState, hyper: Hyper) -> tuple[Learning, Metrics]:
+    def _learn(self, key: PRNGKeyArray, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Metrics]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
         settings, plan, intervenes = self.config, self.plan, self._intervenes(hyper)
+        only = task if settings.switch.replay == "clear" else None
 
         def one_update(carry: Learning, key: PRNGKeyArray) -> tuple[Learning, Metrics]:
             learned, updates, acting = carry
             batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
-            batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)
+            batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)._replace(task=only)
             if intervenes == "interval":
                 learned, acting = self._intervene_if(self._is_due(updates), jax.random.fold_in(key, _CURE), learned, acting, hyper)
             learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)

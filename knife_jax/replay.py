@@ -53,12 +53,14 @@ class Sequences(NamedTuple):
         last_actions: the actions of the slot before each, `[L, B, A]`; meaningless where `starts`.
         starts: where an episode starts, or must be taken to start because what came before is gone, `[L, B]`.
         burn_in: the slots that only warm up a recurrent state which began inside an episode, `[L, B]`.
+        task: the task of all slots, where it is known that the replay holds no other.
     """
 
     slots: Slot
     last_actions: Int[Array, "L B A"]
     starts: Bool[Array, "L B"]
     burn_in: Bool[Array, "L B"]
+    task: Int[Array, ""] | None = None
 
 
 def init(example: Slot, num_envs: int, capacity: int) -> ReplayState:

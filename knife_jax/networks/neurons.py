@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from knife_jax.networks.recurrence import recur
+
 Path = tuple[str, ...]
 
 
@@ -136,11 +138,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self._stacked(self.initializer.kernel), (fan_in, self.units), fan_in)
         bias = self.param("bias", self._stacked(self.initializer.bias), (self.units,), fan_in)
         if self.stack is None:
-            product = inputs @ kernel
-        elif self.stacked_input:
-            product = jnp.einsum("...ki,kio->...ko", inputs, kernel)
-        else:
-            product = jnp.einsum("...i,kio->...ko", inputs, kernel)
+            return affine(inputs, kernel, bias)
+        product = jnp.einsum("...ki,kio->...ko" if self.stacked_input else "...i,kio->...ko", inputs, kernel)
         return product + bias.reshape((1,) * (product.ndim - bias.ndim) + bias.shape)
 
     def _stacked(self, draw: Callable[..., Array]) -> Callable[..., Array]:
@@ -205,44 +204,16 @@ class GRU(nn.Module):
         hidden_bias: Float[Array, "3 units"],
     ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N S"]]:
         """The way through time from what the inputs give to the gates; apart from the rest, so that it can be intercepted."""
-        flat_kernel, flat_bias = hidden_kernel.reshape(self.units, -1), hidden_bias.reshape(-1)
-        return unroll_gates(lambda state: affine(state, flat_kernel, flat_bias), projected, starts, hidden)
-
-
-def unroll_gates(
-    read: Callable[[Array], Array], projected: Float[Array, "T *N G"], starts: Bool[Array, "T *N"], hidden: Float[Array, "*N S"]
-) -> tuple[Float[Array, "T *N S"], Float[Array, "*N S"]]:
-    """Scans gated units over time.
-
-    Args:
-        read: what a state `[*N, S]` gives to the gates of all units, `[*N, 3 S]`.
-        projected: what the inputs give to them, `[T, *N, 3 S]`.
-        starts: where the state is zero before the step.
-        hidden: the state before the first step.
-
-    Returns:
-        The states after every step, and the last one.
-    """
-
-    def one_step(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        projection, start = step
-        state = jnp.where(start[..., None], 0.0, state)
-        state = _gates(projection, read(state), state)
-        return state, state
-
-    hidden, outputs = jax.lax.scan(one_step, hidden, (projected, starts))
-    return outputs, hidden
+        length, units = projected.shape[0], self.units
+        steps, begins, first = projected.reshape(length, -1, 3 * units), starts.reshape(length, -1), hidden.reshape(-1, units)
+        states = recur(steps, begins, first, hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)).reshape(length, *hidden.shape)
+        return states, states[-1]
 
 
 def affine(inputs: Array, kernel: Array, bias: Array) -> Array:
-    """`inputs @ kernel + bias`, without promotion of ranks."""
-    return inputs @ kernel + bias.reshape((1,) * (inputs.ndim - 1) + bias.shape)
+    """`inputs @ kernel + bias`, without promotion of ranks.
 
-
-def _gates(from_input: Array, from_hidden: Array, state: Array) -> Array:
-    """Combines the projections `[..., 3 H]` of input and hidden state into the next hidden state."""
-    input_r, input_z, input_n = jnp.split(from_input, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(from_hidden, 3, axis=-1)
-    reset, update = nn.sigmoid(input_r + hidden_r), nn.sigmoid(input_z + hidden_z)
-    candidate = jnp.tanh(input_n + reset * hidden_n)
-    return (1 - update) * candidate + update * state
+    All leading axes are one in the product: XLA's gradients of kernels are several times slower when they contract more than one axis.
+    """
+    product = inputs.reshape(-1, inputs.shape[-1]) @ kernel + bias[None]
+    return product.reshape(*inputs.shape[:-1], product.shape[-1])

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from knife_jax.networks.neurons import GRU, Dense, GateProjection, unroll_gates
+from knife_jax.networks.neurons import GRU, Dense, GateProjection
+from knife_jax.networks.recurrence import unroll_gates
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
 from knife_jax.plasticity.reserve import Effective, Module
