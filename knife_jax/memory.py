@@ -16,7 +16,7 @@ from knife_jax.config import Config, resolve
 from knife_jax.liveness import peak_bytes, tree_bytes
 from knife_jax.program import Program, make_program
 
-WORK_PER_LIVE_BYTE = 1.66
+WORK_PER_LIVE_BYTE = 1.8
 """Memory that a compiled program works in, per byte that is alive at once in the traced one: XLA orders operations for concurrency rather
 than for memory, and copies operands of batched products. Measured on the CPU."""
 
@@ -75,7 +75,7 @@ def seed_memory(config: Config | Mapping[str, Any] | str | Program) -> SeedMemor
     replay = tree_bytes(state.replay)
     carried = tree_bytes(state) - replay
     live = max(peak_bytes(training.jaxpr), peak_bytes(playing.jaxpr))
-    return SeedMemory(replay, carried, carried + round(WORK_PER_LIVE_BYTE * live))
+    return SeedMemory(replay, carried, round(WORK_PER_LIVE_BYTE * live))
 
 
 def choose_seeds_per_batch(config: Config | Mapping[str, Any] | str, seeds: int, available_bytes: int) -> int:
