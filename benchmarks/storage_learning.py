@@ -1,9 +1,9 @@
 """What compact observations of adapter games save, and what they do to learning: the same seeds with each storage.
 
-    python -m benchmarks.storage_learning --seeds 6 --env-steps 160000 --out storage_learning.json --plot storage_learning.png
+    python -m benchmarks.storage_learning --seeds 10 --env-steps 160000 --out storage_learning.json --plot storage_learning.png
 
 QMIX on JaxMARL's MPE_simple_spread_v3. One JSON line per storage: bytes of a stored slot, and the greedy return over the last quarter of
-the evaluations, its mean over seeds with a 95 % interval, and its difference from `float32` paired by seed.
+the evaluations, its mean over seeds with a 95 % interval (bootstrapped), and its difference from `float32` paired by seed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=list(STORAGES))
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--env-steps", type=int, default=160_000, help="slots per seed")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
     add_output(parser)
@@ -43,14 +43,15 @@ def arguments() -> argparse.Namespace:
 
 def trained(storage: str, seeds: int, env_steps: int) -> Row:
     """One row; its curve is that of the mean over seeds."""
-    from knife_jax import Config, run
+    from knife_jax import Config
     from knife_jax.memory import seed_memory
+    from knife_jax.runner import run
 
     env = {**BASE["env"], "options": STORAGES[storage]}
     train, evaluation = {"env_steps_per_task": env_steps}, {"episodes": 64, "per_task": EVALUATIONS}
     config = Config.from_dict({**BASE, "env": env, "train": train, "evaluation": evaluation})
     result = run(config, seeds=seeds)
-    curve = result.metrics["eval/return"]
+    curve = result.metrics["eval/return"].astype(np.float64)
     last = curve[:, -EVALUATIONS // 4 :].mean(axis=1)
     bytes_per_slot = seed_memory(config).replay / config.replay.capacity_env_steps
     facts = {"storage": storage, "seeds": seeds, "env_steps": env_steps, "bytes_per_slot": round(bytes_per_slot, 1)}
@@ -59,16 +60,13 @@ def trained(storage: str, seeds: int, env_steps: int) -> Row:
 
 def compared(row: Row, exact: Row) -> Row:
     """A row with its statistics, and its difference from the row of `float32`."""
-    difference = np.subtract(row["last_returns"], exact["last_returns"])
-    return row | {"mean": interval(np.array(row["last_returns"])), "difference_from_float32": interval(difference)}
+    from knife_jax.statistics import mean_estimate
 
-
-def interval(values: np.ndarray) -> list[float]:
-    """The mean and the ends of its 95 % interval (Student's)."""
-    from scipy.stats import t
-
-    reach = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if values.std() > 0 else 0.0
-    return [round(float(values.mean() + side * reach), 3) for side in (0, -1, 1)]
+    returns = np.array(row["last_returns"])
+    estimates = {"mean": mean_estimate(returns)}
+    if row is not exact:
+        estimates["difference_from_float32"] = mean_estimate(returns - exact["last_returns"])
+    return row | {name: [round(end, 3) for end in estimate] for name, estimate in estimates.items()}
 
 
 def paint(figure: Any, rows: list[Row]) -> None:

@@ -152,7 +152,7 @@ def exact_play(name):
 def test_compact_observations_are_as_precise_as_stated(name, kind, share_of_bytes):
     """Within 2^-11 of a number, or 1/254 of the bound; masks exactly; and a record of half the bytes, or a quarter."""
     exact_env, exact, seen = exact_play(name)
-    env = make_jaxmarl(name, storage=kind, **({} if kind == "float16" or name == "3m" else {"storage_bound": STORED[name]}))
+    env = make_jaxmarl(name, storage=kind, storage_bound=None if kind == "float16" or name == "3m" else STORED[name])
     assert env != exact_env
     state = None if exact.world_state is None else env.storage.encode(exact.world_state)
     record = exact._replace(agents=env.storage.encode(exact.agents), world_state=state)
