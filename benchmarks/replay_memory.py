@@ -131,6 +131,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
     axes.scatter([row["jaxmarl_bytes_per_slot"] for row in rows], range(len(rows)), label="JaxMARL's layout")
     axes.set(xscale="log", xlabel="bytes per stored slot", yticks=range(len(rows)))
     axes.set_yticklabels(labels, fontsize=7)
+    axes.margins(x=0.1, y=0.01)
     axes.invert_yaxis()
     axes.legend(loc="lower left")
 

@@ -190,7 +190,7 @@ def _free_in(root: Path, group: str, files: tuple[str, str], cache: str) -> list
     return free
 
 
-def _said(size: float) -> str:
+def _said(size: int | float) -> str:
     """Bytes as people say them, to three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
