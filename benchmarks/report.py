@@ -26,7 +26,7 @@ def refuse_existing(*paths: Path | None) -> None:
 
 
 def use_cores(count: int | None) -> None:
-    """Restricts this process, and those that it starts, to so many processor cores; must come before JAX is imported."""
+    """Restricts this process, and those that it starts, to so many processor cores, and must come before JAX starts in it."""
     if count:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:count]))
 

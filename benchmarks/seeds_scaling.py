@@ -16,7 +16,14 @@ import sys
 import time
 from typing import Any
 
+import jax
+
+from benchmarks.process_memory import Growth
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
+from knife_jax import Config, RunnerState, make_program
+from knife_jax.memory import available_memory, seed_memory
+from knife_jax.replay import ReplayState
+from knife_jax.runner import seed_keys
 
 SHARED: dict[str, Any] = {
     "train": {"env_steps_per_task": 10**9, "updates_per_round": 1},
@@ -34,6 +41,9 @@ GAMES: dict[str, dict[str, Any]] = {
 """Each with QMIX at the default sizes (hidden 64) unless its preset says otherwise."""
 
 SEEDS = {"matrix": (1, 16, 128, 1024, 4096), "predator_prey": (1, 16, 128, 1024), "smax": (1, 16, 128, 1024)}
+
+AXES: Any = RunnerState._make((0, 0, ReplayState._make((0, None, None)), None, 0, 0))
+"""The seeds' axis of everything that a run carries; what schedules look at has none, so that branches stay branches."""
 
 
 def arguments() -> argparse.Namespace:
@@ -67,13 +77,6 @@ def configuration(settings: argparse.Namespace, game: str, seeds: int) -> dict[s
 
 def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     """One row, in this process."""
-    import jax
-
-    from benchmarks.process_memory import Growth
-    from knife_jax import Config, make_program
-    from knife_jax.memory import available_memory, seed_memory
-    from knife_jax.runner import seed_keys
-
     config = Config.from_dict(configuration(settings, game, seeds))
     program = make_program(config)
     memory, available = seed_memory(program), available_memory()
@@ -82,14 +85,15 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
         return row | {"skipped": f"{_mb(available)} MB are free"}
     keys, compiling = seed_keys(seeds), time.perf_counter()
     task = jax.numpy.int32(0)
-    start = jax.jit(jax.vmap(lambda key: program.begin_task(program.init(key, config.hyper), task, config.hyper)))
-    advance = jax.jit(jax.vmap(lambda state: program.train_rounds(state, task, config.hyper)), donate_argnums=0)
+    begin = jax.vmap(lambda key: program.begin_task(program.init(key, config.hyper), task, config.hyper), out_axes=AXES)
+    rounds = jax.vmap(lambda state: program.train_rounds(state, task, config.hyper), in_axes=(AXES,), out_axes=(AXES, 0))
+    start, advance = jax.jit(begin), jax.jit(rounds, donate_argnums=0)
     started = start.lower(keys).compile()
     compiled = advance.lower(jax.eval_shape(start, keys)).compile()
     row["compile_s"] = round(time.perf_counter() - compiling, 1)
     growth = Growth()
     state = jax.block_until_ready(started(keys))
-    while int(state.counters.updates[0]) == 0:
+    while int(state.counters.updates) == 0:
         state = jax.block_until_ready(compiled(state)[0])
     calls, wall, cpu = 0, time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - wall < settings.seconds:

@@ -57,7 +57,7 @@ def played(name: str) -> Played:
             record = jax.vmap(env.record)(states)
             seen = jax.vmap(lambda record: env.observe(record, params))(record)
             actions = jax.random.categorical(key, jnp.where(seen.action_mask, 0.0, -jnp.inf)).astype(jnp.int32)
-            states, outcome = jax.vmap(lambda key, *state: env.step(key, *state, params))(jax.random.split(key, ENVS), states, actions)
+            states, outcome = jax.vmap(env.step, (0, 0, 0, None))(jax.random.split(key, ENVS), states, actions, params)
             kinds = collect.continuation_of(outcome)
             slot = replay.Slot(record, actions.astype(jnp.int8), jnp.zeros(ENVS), kinds, jnp.full(ENVS, task, jnp.int16))
             return states, (slot, seen)
@@ -65,8 +65,10 @@ def played(name: str) -> Played:
         return jax.lax.scan(one_slot, states, jax.random.split(key, LENGTH))
 
     start = jax.jit(lambda key, task: jax.vmap(lambda key: env.reset(key, networks.tasks.at(task)))(jax.random.split(key, ENVS)))
-    ring, seen, kinds, tasks = None, [], [], []
     states = start(jax.random.key(99), 0)
+    example = jax.eval_shape(rollout, jax.random.key(0), states, 0)[1][0]
+    ring = replay.init(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), example), ENVS, CAPACITY)
+    seen, kinds, tasks = [], [], []
     for index in range(ROUNDS):
         task = (index // 2) % num_tasks
         if index and task != tasks[-1]:
@@ -75,7 +77,6 @@ def played(name: str) -> Played:
         states, (slots, views) = rollout(jax.random.key(index), states, task)
         numbers = (index * LENGTH + jnp.arange(LENGTH))[:, None] * ENVS + jnp.arange(ENVS)[None]
         slots = slots._replace(reward=numbers.astype(jnp.float32))
-        ring = replay.init(jax.tree.map(lambda leaf: leaf[0, 0], slots), ENVS, CAPACITY) if ring is None else ring
         ring = replay.add(ring, slots)
         seen.append(views)
         kinds.append(slots.continuation)
@@ -83,7 +84,6 @@ def played(name: str) -> Played:
     over = np.isin(np.concatenate(kinds), [Continuation.TERMINATED, Continuation.CUT])
     episodes = np.concatenate([np.zeros((1, ENVS), int), np.cumsum(over, axis=0)[:-1]])
     views = jax.tree.map(lambda *leaves: np.concatenate(leaves), *seen)
-    assert ring is not None
     return Played(networks, ring, views, episodes, np.repeat(tasks, LENGTH))
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from knife_jax import make_program, make_train
+from knife_jax import RunnerState, make_program, make_train
 from knife_jax.plan import make_plan
+from knife_jax.replay import ReplayState
 
 MATRIX = {
     "env": {"name": "matrix", "scenario": "permuted", "options": {"num_tasks": 2}},
@@ -163,8 +164,10 @@ def test_a_donated_chunk_updates_the_replay_in_place():
     """A chunk of rounds with donated state aliases the replays' memory from input to output, for vmapped seeds too."""
     program = make_program(_resolved({**TWO_STEP, "replay": {"capacity_env_steps": 400_000, "batch_size": 8, "sequence_length": 4}}))
     config = _resolved(TWO_STEP)
-    state = jax.eval_shape(jax.vmap(lambda key: program.init(key, config.hyper)), _keys(3))
-    chunk = jax.jit(jax.vmap(lambda state: program.train_rounds(state, jnp.int32(0), config.hyper)), donate_argnums=0)
+    axes = RunnerState._make((0, 0, ReplayState._make((0, None, None)), None, 0, 0))
+    state = jax.eval_shape(jax.vmap(lambda key: program.init(key, config.hyper), out_axes=axes), _keys(3))
+    rounds = jax.vmap(lambda state: program.train_rounds(state, jnp.int32(0), config.hyper), in_axes=(axes,), out_axes=(axes, 0))
+    chunk = jax.jit(rounds, donate_argnums=0)
     compiled = chunk.lower(state).compile()
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     replay_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replay))
