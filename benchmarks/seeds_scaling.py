@@ -2,6 +2,7 @@
 
     python -m benchmarks.seeds_scaling --cores 2 --out seeds_scaling.json --plot seeds_scaling.png
     python -m benchmarks.seeds_scaling --games predator_prey --seeds 16 256
+    python -m benchmarks.seeds_scaling --games matrix --seeds 4096 --group 128
 
 Each row is a fresh process. A round collects, stores and makes one gradient step per seed, as `make_train` does; rounds before the first
 gradient step are not timed. Rates are over all seeds together, per second of wall time (`_wall`) and of processor time (`_cpu`).
@@ -21,6 +22,7 @@ import jax
 from benchmarks.process_memory import Growth
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
 from knife_jax import Config, RunnerState, make_program
+from knife_jax.groups import vmap_in_groups
 from knife_jax.memory import available_memory, seed_memory
 from knife_jax.replay import ReplayState
 from knife_jax.runner import seed_keys
@@ -53,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="widths; each game's own if left out")
     parser.add_argument("--capacity", type=int, help="slots of each seed's replay")
     parser.add_argument("--batch-size", type=int, help="sequences of each gradient step")
+    parser.add_argument("--group", type=int, help="seeds worked on at once inside the program, see knife_jax.groups; all if left out")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each row is timed, at least one call")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -69,7 +72,7 @@ def configuration(settings: argparse.Namespace, game: str, seeds: int) -> dict[s
     if settings.batch_size:
         replay["batch_size"] = settings.batch_size
     slots = 8 if game == "matrix" else RECURRENT["collect"]["num_envs"] * RECURRENT["collect"]["rollout_length"]
-    rounds = min(max(1024 // seeds, 1), 64)
+    rounds = min(max(1024 // min(seeds, settings.group or seeds), 1), 64)
     evaluations = 100_000
     train = {**SHARED["train"], "env_steps_per_task": rounds * slots * evaluations}
     return {**base, "replay": replay, "train": train, "evaluation": {"episodes": 1, "per_task": evaluations}}
@@ -80,13 +83,15 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     config = Config.from_dict(configuration(settings, game, seeds))
     program = make_program(config)
     memory, available = seed_memory(program), available_memory()
-    row: Row = {"game": game, "seeds": seeds, "estimated_mb": _mb(memory.of(seeds)), "replay_mb": _mb(seeds * memory.replay)}
-    if memory.of(seeds) > 0.9 * available:
+    group = min(settings.group or seeds, seeds)
+    estimated = memory.of(seeds, group)
+    row: Row = {"game": game, "seeds": seeds, "group": group, "estimated_mb": _mb(estimated), "replay_mb": _mb(seeds * memory.replay)}
+    if estimated > 0.9 * available:
         return row | {"skipped": f"{_mb(available)} MB are free"}
     keys, compiling = seed_keys(seeds), time.perf_counter()
     task = jax.numpy.int32(0)
     begin = jax.vmap(lambda key: program.begin_task(program.init(key, config.hyper), task, config.hyper), out_axes=AXES)
-    rounds = jax.vmap(lambda state: program.train_rounds(state, task, config.hyper), in_axes=(AXES,), out_axes=(AXES, 0))
+    rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, config.hyper), (AXES,), (AXES, 0), group)
     start, advance = jax.jit(begin), jax.jit(rounds, donate_argnums=0)
     started = start.lower(keys).compile()
     compiled = advance.lower(jax.eval_shape(start, keys)).compile()
@@ -102,7 +107,7 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     updates = seeds * calls * program.plan.rounds_per_evaluation
     env_steps = updates * program.plan.round_env_steps
-    row |= {"used_mb": _mb(growth.peak()), "estimate_over_used": round(memory.of(seeds) / growth.peak(), 3)}
+    row |= {"used_mb": _mb(growth.peak()), "estimate_over_used": round(estimated / growth.peak(), 3)}
     row |= {"env_steps_per_s_wall": _rate(env_steps / wall), "env_steps_per_s_cpu": _rate(env_steps / cpu)}
     return row | {"updates_per_s_wall": _rate(updates / wall), "updates_per_s_cpu": _rate(updates / cpu)}
 
@@ -110,7 +115,7 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
 def in_a_child(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     """One row, in a process of its own, whose peak memory is that of this row alone; one that dies makes a row that says so."""
     command = [sys.executable, "-m", "benchmarks.seeds_scaling", "--child", "--games", game, "--seeds", str(seeds)]
-    for flag in ("capacity", "batch_size", "seconds"):
+    for flag in ("capacity", "batch_size", "group", "seconds"):
         if getattr(settings, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(settings, flag))]
     child = subprocess.run(command, capture_output=True, text=True)

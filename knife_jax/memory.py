@@ -47,14 +47,19 @@ class SeedMemory(NamedTuple):
         """All of them."""
         return self.replay + self.state + self.work
 
-    def of(self, seeds: int) -> int:
-        """Bytes of a program over so many seeds."""
-        return seeds * self.total + PROCESS_BYTES
+    def of(self, seeds: int, group: int | None = None) -> int:
+        """Bytes of a program over so many seeds: all side by side, or in groups (see `groups`), each of which is copied to be worked on."""
+        carried = self.replay + self.state
+        at_work = min(seeds, group or seeds)
+        copied = at_work * carried if at_work < seeds else 0
+        return seeds * carried + copied + at_work * self.work + PROCESS_BYTES
 
-    def describe(self, seeds: int, available_bytes: int | None = None) -> str:
-        """One line for people about so many seeds side by side."""
-        parts = f"{_said(self.replay)} replay + {_said(self.state)} networks and environments + {_said(self.work)} to work in"
-        text = f"memory: {seeds:,} seeds x ({parts}) = {_said(self.of(seeds))}"
+    def describe(self, seeds: int, available_bytes: int | None = None, group: int | None = None) -> str:
+        """One line for people about so many seeds."""
+        at_work = min(seeds, group or seeds)
+        carried, work = f"({_said(self.replay)} replay + {_said(self.state)} networks and environments", f"{_said(self.work)} to work in"
+        parts = f"{carried}) in groups of {at_work:,} x {work}" if at_work < seeds else f"{carried} + {work})"
+        text = f"memory: {seeds:,} seeds x {parts} = {_said(self.of(seeds, group))}"
         return text if available_bytes is None else f"{text} of {_said(available_bytes)} available"
 
 

@@ -155,6 +155,15 @@ def test_one_line_for_people():
     )
 
 
+def test_groups_work_in_the_room_of_one():
+    """All seeds are carried, one group's state twice, and one group works."""
+    assert MEGABYTE.of(10, 2) == 10 * 800_000 + 2 * 800_000 + 2 * 200_000 + PROCESS_BYTES
+    assert MEGABYTE.of(10, 10) == MEGABYTE.of(10, 20) == MEGABYTE.of(10) == 10 * 1_000_000 + PROCESS_BYTES
+    assert "10 seeds x (700 kB replay + 100 kB networks and environments) in groups of 2 x 200 kB to work in" in MEGABYTE.describe(
+        10, group=2
+    )
+
+
 # --- what is available ---
 
 
