@@ -64,7 +64,10 @@ def arguments() -> argparse.Namespace:
 
 
 def configuration(settings: argparse.Namespace, game: str, seeds: int) -> dict[str, Any]:
-    """The configuration of one row; narrow programs do more rounds per call, for calls of a like length."""
+    """The configuration of one row.
+
+    Narrow programs do more rounds per call, for calls of a like length; groups of seeds do a few, since they are copied once per call.
+    """
     base = {**GAMES[game], **SHARED}
     replay = {**base.get("replay", {})}
     if settings.capacity:
@@ -72,7 +75,7 @@ def configuration(settings: argparse.Namespace, game: str, seeds: int) -> dict[s
     if settings.batch_size:
         replay["batch_size"] = settings.batch_size
     slots = 8 if game == "matrix" else RECURRENT["collect"]["num_envs"] * RECURRENT["collect"]["rollout_length"]
-    rounds = min(max(1024 // min(seeds, settings.group or seeds), 1), 64)
+    rounds = min(max(1024 // seeds, 4 if settings.group else 1), 64)
     evaluations = 100_000
     train = {**SHARED["train"], "env_steps_per_task": rounds * slots * evaluations}
     return {**base, "replay": replay, "train": train, "evaluation": {"episodes": 1, "per_task": evaluations}}

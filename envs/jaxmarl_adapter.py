@@ -225,7 +225,7 @@ def from_jaxmarl(
     global_state: str | None = None,
     legacy_state: bool = False,
     storage: str = "float32",
-    storage_bound: float | None = None,
+    storage_bound: int | float | None = None,
 ) -> FromJaxMARL:
     """Gives a JaxMARL environment our interface.
 
@@ -291,7 +291,7 @@ def make_jaxmarl(
     global_state: str | None = None,
     legacy_state: bool = False,
     storage: str = "float32",
-    storage_bound: float | None = None,
+    storage_bound: int | float | None = None,
     **env_options: Any,
 ) -> FromJaxMARL:
     """Builds a JaxMARL game by name.

@@ -43,7 +43,7 @@ class Storage:
 EXACT = Storage()
 
 
-def make_storage(kind: str, bound: float | None, usual_bound: float | None) -> Storage:
+def make_storage(kind: str, bound: int | float | None, usual_bound: float | None) -> Storage:
     """Checks the options `storage` and `storage_bound` of a game.
 
     Args:
