@@ -10,14 +10,13 @@ of processor time (`_cpu`), which other jobs on the machine disturb less, and of
 """
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+from benchmarks.report import add_output, refuse_existing, say, use_cores, write
 
 SCENARIOS = ("3m", "2s3z", "smacv2_5_units", "smacv2_10_units")
 STEPS = 100
@@ -47,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours-alone", action="store_true", help="leave JaxMARL out")
     parser.add_argument("--parts", action="store_true", help="time the parts of our step instead")
-    parser.add_argument("--out", type=Path, help="write the rows and facts about the machine to this new JSON file")
+    add_output(parser, plot=False)
     return parser.parse_args()
 
 
@@ -240,21 +239,14 @@ def part_bodies(scenario: str, num_envs: int) -> dict[str, tuple[Any, Callable[[
 def main() -> None:
     """Prints a JSON line per row; writes them where asked."""
     settings = arguments()
-    if settings.cores:
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: settings.cores]))
-    from knife_jax.runner import environment_facts
-
-    if settings.out and settings.out.exists():
-        sys.exit(f"{settings.out} exists; nothing is overwritten")
+    use_cores(settings.cores)
+    refuse_existing(settings.out)
     rows = []
     for scenario in settings.scenarios:
         for text in settings.envs:
             rows.append((parts if settings.parts else compare)(scenario, text, settings))
-            print(json.dumps(rows[-1]), flush=True)
-    if settings.out:
-        partial = settings.out.with_suffix(".part")
-        partial.write_text(json.dumps({"rows": rows, "facts": environment_facts()}, indent=1) + "\n")
-        partial.replace(settings.out)
+            say(rows[-1])
+    write(rows, settings.out)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped, UInt8
 
 from envs.base import Actions, Environment, EnvParams, Flag, Observation, Outcome, Scalar, unknown_name
 from envs.jaxmarl_quiet import import_jaxmarl, in_jaxmarl
+from envs.storage import EXACT, Storage, make_storage
 
 _TEAM_REWARDS: dict[str, Callable[[Float[Array, "A"]], Scalar]] = {
     "first": lambda rewards: rewards[0],
@@ -44,6 +45,9 @@ _TEAM_REWARD_OF_GAME: dict[str, str] = {
 # A game's clock, a field of its state, and the attribute with the reading at which JaxMARL ends the episode.
 _CLOCKS = (("step", "max_steps"), ("outer_t", "num_outer_steps"))
 
+# Beyond the largest number in a scaled SMAX state, 34/32, a position over the map's edge; 1 is a whole number of its 127 steps.
+_SMAX_BOUND = 127 / 119
+
 _SMAX_DEFAULTS = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": "closest", "observation_type": "unit_list"}
 
 
@@ -51,14 +55,14 @@ class FromJaxMARLRecord(NamedTuple):
     """What is kept of a state, complete: JaxMARL's observations are not recomputed.
 
     Attributes:
-        agents: each agent's observation, flattened and padded with zeros.
-        world_state: the game's own global state; None where the observations, concatenated, stand for it.
-        action_mask: the available actions.
+        agents: each agent's observation, flattened, padded with zeros and stored as `FromJaxMARL.storage` says.
+        world_state: the game's own global state, stored alike; None where the observations, concatenated, stand for it.
+        action_mask: the available actions, eight to a byte; None where they never change.
     """
 
-    agents: Float[Array, "A D"]
-    world_state: Float[Array, "G"] | None
-    action_mask: Bool[Array, "A U"]
+    agents: Num[Array, "A D"]
+    world_state: Num[Array, "G"] | None
+    action_mask: UInt8[Array, "A W"] | None
 
 
 class FromJaxMARLState(NamedTuple):
@@ -83,6 +87,7 @@ class FromJaxMARL(Environment):
         global_state: what the mixer sees.
         action_counts: the actions of each agent; the others of the U are masked.
         observation_sizes: the features of each agent, before padding.
+        storage: how observations and global state are stored, and so how precisely they are seen, in play and in learning alike.
     """
 
     env: Any
@@ -93,6 +98,7 @@ class FromJaxMARL(Environment):
     state_size: int
     max_steps: int
     reports_wins: bool
+    storage: Storage = EXACT
 
     @property
     def num_agents(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -146,22 +152,29 @@ class FromJaxMARL(Environment):
     def observe(self, record: FromJaxMARLRecord, params: EnvParams) -> Observation:
         """Unpacks a record."""
         del params
-        state = record.world_state
-        if state is None:
-            state = jnp.concatenate([record.agents[i, :size] for i, size in enumerate(self.observation_sizes)])
-        return Observation(record.agents, state, record.action_mask, jnp.ones((self.num_agents,), bool))
+        agents = self.storage.decode(record.agents)
+        if record.world_state is None:
+            state = jnp.concatenate([agents[i, :size] for i, size in enumerate(self.observation_sizes)])
+        else:
+            state = self.storage.decode(record.world_state)
+        return Observation(agents, state, self._unpacked_mask(record.action_mask), jnp.ones((self.num_agents,), bool))
 
     def _record(self, observations: Mapping[str, Shaped[Array, "..."]], inner: Any) -> FromJaxMARLRecord:
         agents = jnp.stack([_padded(observations[agent], self.observation_size) for agent in self.env.agents])
-        world_state = self._world_state(observations, inner) if self.global_state == "world_state" else None
-        return FromJaxMARLRecord(agents.astype(jnp.float32), world_state, self._action_mask(inner))
+        world_state = self.storage.encode(self._world_state(observations, inner)) if self.global_state == "world_state" else None
+        return FromJaxMARLRecord(self.storage.encode(agents), world_state, self._packed_mask(inner))
 
-    def _action_mask(self, inner: Any) -> Bool[Array, "A U"]:
+    def _packed_mask(self, inner: Any) -> UInt8[Array, "A W"] | None:
         available = _available_actions(self.env)
         if available is None:
-            return jnp.arange(self.num_actions)[None, :] < jnp.asarray(self.action_counts)[:, None]
+            return None
         masks = available(inner)
-        return jnp.stack([_padded(masks[agent], self.num_actions) for agent in self.env.agents]).astype(bool)
+        return jnp.packbits(jnp.stack([_padded(masks[agent], self.num_actions) for agent in self.env.agents]).astype(bool), axis=-1)
+
+    def _unpacked_mask(self, packed: UInt8[Array, "A W"] | None) -> Bool[Array, "A U"]:
+        if packed is None:
+            return jnp.arange(self.num_actions)[None, :] < jnp.asarray(self.action_counts)[:, None]
+        return jnp.unpackbits(packed, axis=-1, count=self.num_actions).astype(bool)
 
     def _world_state(self, observations: Mapping[str, Shaped[Array, "..."]], inner: Any) -> Float[Array, "G"]:
         del inner
@@ -211,6 +224,8 @@ def from_jaxmarl(
     max_steps: int | None = None,
     global_state: str | None = None,
     legacy_state: bool = False,
+    storage: str = "float32",
+    storage_bound: int | float | None = None,
 ) -> FromJaxMARL:
     """Gives a JaxMARL environment our interface.
 
@@ -222,6 +237,9 @@ def from_jaxmarl(
         max_steps: the time limit in environment steps; the environment's own by default.
         global_state: the game's `world_state` or the agents' `observations`, concatenated; the former by default, where there is one.
         legacy_state: leaves SMAX's world state as JaxMARL makes it; see `FromSMAX`.
+        storage: how observations and global state are stored: exactly in `float32`, or in `float16` or `int8`; see `envs.storage.Storage`.
+        storage_bound: the largest absolute number that `int8` can store; 127/119 by default in SMAX, whose numbers
+            are scaled to [-1, 1] (34/32 for positions over the map's edge).
 
     Raises:
         TypeError: if `env` is not an unwrapped JaxMARL environment.
@@ -237,6 +255,7 @@ def from_jaxmarl(
     is_smax = isinstance(env, jaxmarl.environments.SMAX | jaxmarl.environments.smax.heuristic_enemy_smax_env.EnemySMAX)
     if legacy_state and not is_smax:
         raise ValueError(f"legacy_state is an option of SMAX's world state, which {game} does not have")
+    stored = make_storage(storage, storage_bound, _SMAX_BOUND if is_smax and not legacy_state else None)
     with in_jaxmarl():
         observations, _ = jax.eval_shape(env.reset, jax.random.key(0))
     if not (isinstance(observations, Mapping) and all(hasattr(observations.get(agent), "shape") for agent in env.agents)):
@@ -257,6 +276,7 @@ def from_jaxmarl(
         "observation_sizes": sizes,
         "state_size": math.prod(observations["world_state"].shape) if global_state == "world_state" else sum(sizes),
         "max_steps": _time_limit(env) if max_steps is None else max_steps,
+        "storage": stored,
     }
     if is_smax:
         return FromSMAX(**facts, reports_wins=True, legacy_state=legacy_state)
@@ -270,6 +290,8 @@ def make_jaxmarl(
     max_steps: int | None = None,
     global_state: str | None = None,
     legacy_state: bool = False,
+    storage: str = "float32",
+    storage_bound: int | float | None = None,
     **env_options: Any,
 ) -> FromJaxMARL:
     """Builds a JaxMARL game by name.
@@ -284,6 +306,8 @@ def make_jaxmarl(
             environment with `jaxmarl.make` and hand it to `from_jaxmarl`.)
         global_state: see `from_jaxmarl`.
         legacy_state: see `from_jaxmarl`.
+        storage: see `from_jaxmarl`.
+        storage_bound: see `from_jaxmarl`.
         **env_options: for JaxMARL's constructor.
 
     Raises:
@@ -294,7 +318,15 @@ def make_jaxmarl(
     if name not in names:
         raise unknown_name("game of JaxMARL", name, names)
     env = _built(name, **env_options) if env_options else _stock(name)
-    return from_jaxmarl(env, team_reward=team_reward, max_steps=max_steps, global_state=global_state, legacy_state=legacy_state)
+    return from_jaxmarl(
+        env,
+        team_reward=team_reward,
+        max_steps=max_steps,
+        global_state=global_state,
+        legacy_state=legacy_state,
+        storage=storage,
+        storage_bound=storage_bound,
+    )
 
 
 def _built(name: str, **options: Any) -> Any:
