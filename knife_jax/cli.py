@@ -18,6 +18,7 @@ from rich.table import Table
 from envs.registry import GAMES
 from knife_jax import compare as comparing
 from knife_jax import results, runner
+from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
 from knife_jax.plan import Plan, make_game
 from knife_jax.plasticity.registry import METHODS
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given and not wants_help:
             print(f"\nunknown command {given[0]!r}", file=sys.stderr)
         return 0 if wants_help else 2
+    keep_compiled_programs()
     try:
         return commands[given[0]](given[1:])
     except (ValueError, OSError, ImportError) as error:

@@ -1,19 +1,27 @@
-"""The host's side of a run: seeds, compilation, progress, and what comes back as numpy arrays."""
+"""The host's side of a run: seeds in batches, compiled chunks with the host between them, and what comes back as numpy arrays.
 
-import platform
-import subprocess
+Shapes: S seeds, N evaluations, P positions in the order of tasks.
+"""
+
 import time
-from collections.abc import Mapping
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
+from knife_jax.chunks import Pieces
+from knife_jax.compiled import compile_pieces, seeds_mesh
 from knife_jax.config import Config, resolve
+from knife_jax.journal import Arrays
+from knife_jax.loop import Batch, Learned, Loop, Point
+from knife_jax.pace import Pace
 from knife_jax.plan import Plan, make_game, make_plan
-from knife_jax.train import Callback, make_train
+from knife_jax.program import make_program
+from knife_jax.provenance import environment_facts
+
+Watcher = Callable[[Arrays], None]
 
 
 class RunResult(NamedTuple):
@@ -26,7 +34,7 @@ class RunResult(NamedTuple):
         task_order: the distinct task met at each position.
         variables: `{"params": {"agent": ..., "mixer": ...}, "reserve": ...}` of the online networks, with the seed axis in front.
         report: what the cure did over the whole run, `{"<layer>/<measure>": [S]}`; empty without one.
-        provenance: seeds, times, versions, device and code revision.
+        provenance: seeds, how many of them side by side, times, versions, device and code revision.
     """
 
     config: Config
@@ -38,47 +46,84 @@ class RunResult(NamedTuple):
     provenance: dict[str, Any]
 
 
-def seed_keys(seeds: int, first_seed: int = 0) -> jax.Array:
+def seed_keys(seeds: int, first_seed: int = 0) -> Key[Array, "S"]:
     """One key per seed; seed 17 has the same key alone or among others."""
     return jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
 
 
-def run(config: Config | Mapping[str, Any] | str, *, seeds: int = 1, first_seed: int = 0, progress: Callback | None = None) -> RunResult:
-    """Trains all seeds in one compiled program.
+def run(
+    config: Config | Mapping[str, Any] | str,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    seeds_per_batch: int | None = None,
+    chunk_rounds: int | None = None,
+    progress: Watcher | None = None,
+) -> RunResult:
+    """Trains all seeds in compiled chunks, with the numbers of `make_train` (bit for bit on a processor, for batches of the same size).
 
     Args:
         config: a `Config`, a nested dict or a preset's name.
         seeds: S, how many seeds.
         first_seed: the first of them.
-        progress: called after every evaluation with its metrics, each `[S]`.
+        seeds_per_batch: how many seeds are trained side by side, at most; the batches, as even as possible, follow one another through one
+            compiled program, and seeds that fill the last one up are thrown away. All of them if None.
+        chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
+        progress: called after every evaluation with its metrics, each `[seeds of the batch]`.
 
     Raises:
         ValueError: for a configuration that cannot be run, before anything compiles.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds: at least 1, got {seeds}")
+    for name, count in (("seeds", seeds), ("seeds_per_batch", seeds_per_batch), ("chunk_rounds", chunk_rounds)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: at least 1, got {count}")
     config = resolve(config)
-    train = make_train(config, callback=progress)
-    keys = seed_keys(seeds, first_seed)
+    pieces = Pieces(make_program(config))
+    width = batch_width(seeds, seeds_per_batch)
     started = time.perf_counter()
-    compiled = jax.jit(jax.vmap(train)).lower(keys).compile()
+    compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(jax.devices()[:1]))
     compiled_at = time.perf_counter()
-    out = jax.block_until_ready(compiled(keys))
-    jax.effects_barrier()
+    batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
+    told = {} if progress is None else {"on_rows": _tell(progress)}
+    learned = Loop(compiled, batches, Pace(chunk_rounds), **told).run()
     finished = time.perf_counter()
-    env, tasks = make_game(config)
-    metrics = {name: np.asarray(values) for name, values in out["metrics"].items()}
-    metrics["env_steps"] = make_plan(config, env).env_steps_at_evaluations(len(tasks.order)).reshape(-1)
     provenance = {
         "seeds": seeds,
         "first_seed": first_seed,
+        "seeds_per_batch": width,
         "compile_seconds": round(compiled_at - started, 3),
         "run_seconds": round(finished - compiled_at, 3),
         **environment_facts(),
     }
-    learned = out["runner_state"].learner
-    report = {name: np.asarray(values) for name, values in learned.report.items()}
-    return RunResult(config, metrics, tasks.names, tasks.order, learned.variables, report, provenance)
+    return _result(pieces, learned, provenance)
+
+
+def batch_width(seeds: int, seeds_per_batch: int | None) -> int:
+    """How many seeds are trained side by side: at most `seeds_per_batch`, with as few left over as possible."""
+    batches = -(-seeds // min(seeds, seeds_per_batch or seeds))
+    return -(-seeds // batches)
+
+
+def _tell(progress: Watcher) -> Callable[[Point, Sequence[Arrays]], None]:
+    def on_rows(point: Point, rows: Sequence[Arrays]) -> None:
+        del point
+        for row in rows:
+            progress(row)
+
+    return on_rows
+
+
+def _result(pieces: Pieces, learned: Sequence[Learned], provenance: dict[str, Any]) -> RunResult:
+    """The batches side by side."""
+    program = pieces.program
+    tasks = program.networks.tasks
+
+    def join(*batches: np.ndarray) -> np.ndarray:
+        return np.concatenate(batches)
+
+    metrics, variables, report = jax.tree.map(join, *learned)
+    metrics["env_steps"] = program.plan.env_steps_at_evaluations(len(tasks.order)).reshape(-1)
+    return RunResult(program.config, metrics, tasks.names, tasks.order, variables, report, provenance)
 
 
 def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
@@ -92,37 +137,3 @@ def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
         f"{plan.env_steps_per_task:,} env steps, {plan.evaluations_per_task + 1} evaluations per task"
     )
     return plan, text
-
-
-def environment_facts() -> dict[str, Any]:
-    """What a result file must say about where it came from: versions, device, processor, code revision."""
-    packages = ("knife-jax", "jax", "jaxlib", "flax", "optax", "distrax", "jaxmarl", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "processor": platform.processor() or platform.machine(),
-        "revision": _revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """The git commit of this source tree, marked if it has uncommitted changes; None outside a checkout."""
-    package = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        is_ours = Path(git("rev-parse", "--show-toplevel")).resolve() == package.parent
-        return git("describe", "--always", "--dirty", "--abbrev=12") if is_ours else None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,0 +1,130 @@
+"""The host's loop: batches of seeds, tasks, chunks, and the one place where a run can be left and taken up again.
+
+Shapes: S seeds of a batch.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from knife_jax.chunks import Carry
+from knife_jax.compiled import Compiled
+from knife_jax.journal import Arrays, Journal
+from knife_jax.pace import Pace
+from knife_jax.program import RunnerState
+
+
+class Batch(NamedTuple):
+    """Seeds that are trained side by side.
+
+    Attributes:
+        keys: one for each, `[S]`.
+        kept: the first so many count; the others only fill the batch up.
+    """
+
+    keys: Key[Array, "S"]
+    kept: int
+
+
+class Point(NamedTuple):
+    """How far a run has come: the batch of seeds, the position in the order of tasks, and the rounds done there."""
+
+    batch: int
+    position: int
+    rounds: int
+
+
+class Learned(NamedTuple):
+    """What is kept of a batch of seeds that is done: metrics as in `make_train`, variables of the online networks, the cure's report."""
+
+    metrics: Arrays
+    variables: Any
+    report: Arrays
+
+
+class Snapshot(NamedTuple):
+    """All that it takes to go on from a point to the same bits.
+
+    Attributes:
+        point: how far the run has come.
+        carry: the state between two chunks.
+        metrics: those of the present batch so far.
+        learned: what earlier batches left.
+    """
+
+    point: Point
+    carry: Carry
+    metrics: Arrays
+    learned: tuple[Learned, ...]
+
+
+def _ignore(*_: Any) -> None:
+    """For what nobody wants to hear of."""
+
+
+@dataclass
+class Loop:
+    """Trains batches of seeds one after the other.
+
+    Attributes:
+        compiled: the program.
+        batches: the seeds.
+        pace: how many rounds a chunk holds.
+        on_rows: told the point and the evaluations `{name: [kept]}` that were made on the way to it.
+        after_chunk: handed a snapshot after every chunk, of which the next chunk will take the carry. What it raises ends the run.
+    """
+
+    compiled: Compiled
+    batches: Sequence[Batch]
+    pace: Pace = field(default_factory=Pace)
+    on_rows: Callable[[Point, Sequence[Arrays]], None] = _ignore
+    after_chunk: Callable[[Snapshot], None] = _ignore
+
+    def run(self, start: Snapshot | None = None) -> tuple[Learned, ...]:
+        """Trains everything, or what is left of it after `start`."""
+        learned = start.learned if start else ()
+        for index in range(len(learned), len(self.batches)):
+            learned = (*learned, self._train(index, learned, start))
+            start = None
+        return learned
+
+    def _train(self, index: int, learned: tuple[Learned, ...], start: Snapshot | None) -> Learned:
+        """One batch over all tasks."""
+        keys, kept = self.batches[index]
+        journal = Journal(kept, start.metrics if start else None)
+        order = self.compiled.pieces.program.networks.tasks.order
+        state = None if start else self.compiled.init(keys, {})
+        for position in range(start.point.position if start else 0, len(order)):
+            place = (np.int32(position), np.int32(order[position]))
+            if start is not None:
+                snapshot, start = start, None
+            else:
+                snapshot = Snapshot(Point(index, position, 0), self.compiled.begin(state, {}, place), {}, learned)
+            state = self._train_on_task(snapshot, place, journal)
+        assert state is not None
+        variables, report = jax.tree.map(lambda leaf: np.asarray(leaf)[:kept], (state.learner.variables, state.learner.report))
+        return Learned(journal.metrics, variables, report)
+
+    def _train_on_task(self, start: Snapshot, place: tuple[np.int32, np.int32], journal: Journal) -> RunnerState:
+        """Chunks to the end of a task, and its last evaluation."""
+        compiled, (batch, position, rounds), carry = self.compiled, start.point, start.carry
+        pieces = compiled.pieces
+        while rounds < pieces.rounds_per_task:
+            within = rounds % pieces.program.plan.rounds_per_evaluation
+            count = self.pace.rounds(min(pieces.rounds_per_task - rounds, pieces.most_rounds - within))
+            began = time.perf_counter()
+            carry, rows = compiled.advance(carry, {}, place, np.int32(count))
+            metrics, evaluations = jax.device_get(rows)
+            self.pace.took(count, time.perf_counter() - began)
+            rounds += count
+            point = Point(batch, position, rounds)
+            self.on_rows(point, journal.write(metrics, int(evaluations)))
+            self.after_chunk(Snapshot(point, carry, journal.metrics, start.learned))
+        state, row, everywhere = compiled.finish(carry.state, carry.since_last, place)
+        self.on_rows(Point(batch, position, rounds), journal.write_end(*jax.device_get((row, everywhere))))
+        return state
