@@ -20,11 +20,13 @@ from knife_jax import compare as comparing
 from knife_jax import results, runner
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
+from knife_jax.interrupts import RunStoppedError
 from knife_jax.plan import Plan, make_game
 from knife_jax.plasticity.registry import METHODS
 from knife_jax.presets import PRESETS, preset_config
 from knife_jax.program import make_program
-from knife_jax.train import Callback
+from knife_jax.run_directory import Saving, read_run_file
+from knife_jax.runner import Watcher
 
 DEFAULT_PRESET = "matrix_drift"
 
@@ -33,7 +35,8 @@ DEFAULT_PRESET = "matrix_drift"
 class TrainArguments:
     """Trains one configuration for many seeds in one compiled program.
 
-    Writes metrics.npz, config.yaml, summary.json and learning_curve.png into a new directory, once all is done.
+    Writes checkpoints into a new directory on the way, and metrics.npz, config.yaml, summary.json and learning_curve.png once all is done.
+    Ctrl-C saves and stops, a second one leaves at once; --resume goes on.
     """
 
     preset: str = DEFAULT_PRESET
@@ -44,8 +47,16 @@ class TrainArguments:
     """How many seeds, trained side by side."""
     first_seed: int = 0
     """The first of them."""
+    seeds_per_batch: int | None = None
+    """At most so many side by side, where they do not all fit into memory; the batches follow one another."""
+    chunk_rounds: int | None = None
+    """Rounds between two looks at the clock, the log and signals; as many as last about two seconds if not given. Changes no result."""
     out: Path | None = None
     """The new directory for results; runs/<preset>-<date>-<time> if not given."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint; what else is given must be what it was started with."""
+    saving: Saving = field(default_factory=Saving)
+    """Checkpoints."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -95,19 +106,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_command(arguments: Sequence[str]) -> int:
-    """`knife-jax train`: parse, train with a progress line, print the table, write the files."""
+    """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan, text = runner.describe_plan(parsed.fields, parsed.seeds)
     env, tasks = make_game(parsed.fields)
     console = _console()
     console.print(text)
-    # The directory is opened first, so that one that cannot be written is found before hours of work, not after.
-    with results.new_directory(out) as unfinished:
+    options = {name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "chunk_rounds", "resume", "saving")}
+    try:
         with _progress_line(console) as line:
             watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
-            result = runner.run(parsed.fields, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
-        results.write(result, unfinished, env.reports_wins)
+            result = runner.run(parsed.fields, progress=watch, out=out, **options)
+    except RunStoppedError as stopped:
+        print(f"knife-jax: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     summary = results.summarise(result, env.reports_wins)
     console.print(results.as_table(summary))
     if summary.plasticity_loss:
@@ -143,7 +156,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Callback:
+def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Watcher:
     """Moves the progress line at every evaluation."""
     job = line.add_task("compiling", total=num_tasks * (plan.evaluations_per_task + 1), news="")
 
@@ -162,21 +175,37 @@ def parse(kind: type[Arguments], arguments: Sequence[str]) -> Arguments:
         ValueError: for an unknown preset or bad fields.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=DEFAULT_PRESET)
+    first.add_argument("--preset")
     first.add_argument("--config", type=Path)
+    first.add_argument("--out", type=Path)
+    first.add_argument("--resume", action="store_true")
     named, _ = first.parse_known_args(arguments)
-    base = preset_config(named.preset)
+    default = kind(preset=named.preset or DEFAULT_PRESET, config=named.config)
+    if kind is TrainArguments and named.resume:
+        default = _resumed(default, named.out, is_named=bool(named.preset or named.config))
+    else:
+        default = replace(default, fields=preset_config(default.preset))
+    base = default.fields
     if named.config is not None:
         base = Config.from_yaml(named.config, base)
     if any(word.split("=")[0] == "--env.name" for word in arguments):
         base = Config.from_dict({"env": {"name": base.env.name}}, base)  # another game leaves the preset's scenario behind
-    default = kind(preset=named.preset, config=named.config, fields=base)
+    default = replace(default, fields=base)
     command = "train" if kind is TrainArguments else "compare"
     parsed = tyro.cli(kind, args=list(arguments), default=default, prog=f"knife-jax {command}", use_underscores=True)
     parsed = replace(parsed, fields=Config.from_dict(parsed.fields.to_dict()))  # what only the whole configuration can be checked for
     if parsed.seeds < 1:
         raise ValueError(f"--seeds: at least 1, got {parsed.seeds}")
     return parsed
+
+
+def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
+    """Arguments as those of the run in `out`; its configuration comes from there unless a preset or a file is named."""
+    if out is None:
+        raise ValueError("--resume: needs --out, the directory of the run to go on with")
+    saved = read_run_file(out)
+    config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
+    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch")})
 
 
 def list_command(arguments: Sequence[str]) -> int:

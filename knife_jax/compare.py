@@ -16,7 +16,7 @@ from rich.table import Table
 from knife_jax import continual, results
 from knife_jax.config import Config, parse_yaml
 from knife_jax.results import FEWEST_SEEDS, curves_of
-from knife_jax.runner import RunResult
+from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate, mean_estimate
 
 

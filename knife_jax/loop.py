@@ -6,6 +6,7 @@ Shapes: S seeds of a batch.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,10 @@ class Snapshot(NamedTuple):
     learned: tuple[Learned, ...]
 
 
+def _snapshot(point: Point, carry: Carry, journal: Journal, learned: tuple[Learned, ...]) -> Snapshot:
+    return Snapshot(point, carry, journal.metrics, learned)
+
+
 def _ignore(*_: Any) -> None:
     """For what nobody wants to hear of."""
 
@@ -76,14 +81,15 @@ class Loop:
         batches: the seeds.
         pace: how many rounds a chunk holds.
         on_rows: told the point and the evaluations `{name: [kept]}` that were made on the way to it.
-        after_chunk: handed a snapshot after every chunk, of which the next chunk will take the carry. What it raises ends the run.
+        after_chunk: told the point and the gradient steps so far after every chunk, with a function that takes a snapshot there, good
+            until the next chunk. What it raises ends the run.
     """
 
     compiled: Compiled
     batches: Sequence[Batch]
     pace: Pace = field(default_factory=Pace)
     on_rows: Callable[[Point, Sequence[Arrays]], None] = _ignore
-    after_chunk: Callable[[Snapshot], None] = _ignore
+    after_chunk: Callable[[Point, int, Callable[[], Snapshot]], None] = _ignore
 
     def run(self, start: Snapshot | None = None) -> tuple[Learned, ...]:
         """Trains everything, or what is left of it after `start`."""
@@ -124,7 +130,8 @@ class Loop:
             rounds += count
             point = Point(batch, position, rounds)
             self.on_rows(point, journal.write(metrics, int(evaluations)))
-            self.after_chunk(Snapshot(point, carry, journal.metrics, start.learned))
+            take = partial(_snapshot, point, carry, journal, start.learned)
+            self.after_chunk(point, int(carry.state.counters.updates), take)
         state, row, everywhere = compiled.finish(carry.state, carry.since_last, place)
         self.on_rows(Point(batch, position, rounds), journal.write_end(*jax.device_get((row, everywhere))))
         return state

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from knife_jax import continual
-from knife_jax.runner import RunResult
+from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate, iqm_estimate, mean_estimate
 
 FEWEST_SEEDS = 5

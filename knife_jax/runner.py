@@ -5,7 +5,9 @@ Shapes: S seeds, N evaluations, P positions in the order of tasks.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,30 +22,10 @@ from knife_jax.pace import Pace
 from knife_jax.plan import Plan, make_game, make_plan
 from knife_jax.program import make_program
 from knife_jax.provenance import environment_facts
+from knife_jax.run_directory import RunDirectory, Saving
+from knife_jax.run_result import RunResult
 
 Watcher = Callable[[Arrays], None]
-
-
-class RunResult(NamedTuple):
-    """A finished run.
-
-    Attributes:
-        config: the resolved configuration.
-        metrics: `{name: [S, ...]}`, see `make_train`; plus `env_steps` `[N]`, slots collected before each evaluation.
-        task_names: the distinct tasks.
-        task_order: the distinct task met at each position.
-        variables: `{"params": {"agent": ..., "mixer": ...}, "reserve": ...}` of the online networks, with the seed axis in front.
-        report: what the cure did over the whole run, `{"<layer>/<measure>": [S]}`; empty without one.
-        provenance: seeds, how many of them side by side, times, versions, device and code revision.
-    """
-
-    config: Config
-    metrics: dict[str, np.ndarray]
-    task_names: tuple[str, ...]
-    task_order: tuple[int, ...]
-    variables: Any
-    report: dict[str, np.ndarray]
-    provenance: dict[str, Any]
 
 
 def seed_keys(seeds: int, first_seed: int = 0) -> Key[Array, "S"]:
@@ -59,8 +41,14 @@ def run(
     seeds_per_batch: int | None = None,
     chunk_rounds: int | None = None,
     progress: Watcher | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    saving: Saving | None = None,
 ) -> RunResult:
     """Trains all seeds in compiled chunks, with the numbers of `make_train` (bit for bit on a processor, for batches of the same size).
+
+    With a directory to write to, the run can be stopped (Ctrl-C or SIGTERM: once to save first, twice to leave at once) or killed, and
+    resumed to the same bits.
 
     Args:
         config: a `Config`, a nested dict or a preset's name.
@@ -70,47 +58,61 @@ def run(
             compiled program, and seeds that fill the last one up are thrown away. All of them if None.
         chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
         progress: called after every evaluation with its metrics, each `[seeds of the batch]`.
+        out: a new directory for checkpoints while the run goes on, and results when it is done; None writes nothing.
+        resume: go on with the run that is in `out`, from its newest checkpoint that is whole.
+        saving: how often checkpoints are written, and how many stay.
 
     Raises:
-        ValueError: for a configuration that cannot be run, before anything compiles.
+        ValueError: for a configuration that cannot be run, or one that is not that of the run to resume, before anything compiles.
+        OSError: if `out` exists (unless resuming) or cannot be written.
+        RunStoppedError: if the run was stopped by a signal; it says how to resume.
     """
     for name, count in (("seeds", seeds), ("seeds_per_batch", seeds_per_batch), ("chunk_rounds", chunk_rounds)):
         if count is not None and count < 1:
             raise ValueError(f"{name}: at least 1, got {count}")
+    if resume and out is None:
+        raise ValueError("resume: needs the directory of the run in out")
     config = resolve(config)
     pieces = Pieces(make_program(config))
     width = batch_width(seeds, seeds_per_batch)
+    setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width}
+    directory = RunDirectory(Path(out), pieces, setting, saving or Saving(), resume) if out is not None else None
+    batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
     started = time.perf_counter()
     compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(jax.devices()[:1]))
     compiled_at = time.perf_counter()
-    batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
-    told = {} if progress is None else {"on_rows": _tell(progress)}
-    learned = Loop(compiled, batches, Pace(chunk_rounds), **told).run()
-    finished = time.perf_counter()
-    provenance = {
-        "seeds": seeds,
-        "first_seed": first_seed,
-        "seeds_per_batch": width,
-        "compile_seconds": round(compiled_at - started, 3),
-        "run_seconds": round(finished - compiled_at, 3),
-        **environment_facts(),
-    }
-    return _result(pieces, learned, provenance)
+    loop = Loop(compiled, batches, Pace(chunk_rounds))
+    learned, seconds = _recorded(loop, directory, progress)
+    times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
+    result = _result(pieces, learned, {**setting, **times, **environment_facts()})
+    if directory is not None:
+        directory.finish(result)
+    return result
+
+
+def _recorded(loop: Loop, directory: RunDirectory | None, progress: Watcher | None) -> tuple[tuple[Learned, ...], float]:
+    """What a loop leaves, with its checkpoints on the way, and for how many seconds it ran, those before a resumption included."""
+    loop.on_rows = partial(_tell, progress)
+    if directory is None:
+        began = time.perf_counter()
+        return loop.run(), time.perf_counter() - began
+    start = directory.start(loop.compiled.carry)
+    loop.after_chunk = directory.after_chunk
+    with directory.interruptions:
+        return loop.run(start), directory.seconds
+
+
+def _tell(progress: Watcher | None, point: Point, rows: Sequence[Arrays]) -> None:
+    del point
+    if progress is not None:
+        for row in rows:
+            progress(row)
 
 
 def batch_width(seeds: int, seeds_per_batch: int | None) -> int:
     """How many seeds are trained side by side: at most `seeds_per_batch`, with as few left over as possible."""
     batches = -(-seeds // min(seeds, seeds_per_batch or seeds))
     return -(-seeds // batches)
-
-
-def _tell(progress: Watcher) -> Callable[[Point, Sequence[Arrays]], None]:
-    def on_rows(point: Point, rows: Sequence[Arrays]) -> None:
-        del point
-        for row in rows:
-            progress(row)
-
-    return on_rows
 
 
 def _result(pieces: Pieces, learned: Sequence[Learned], provenance: dict[str, Any]) -> RunResult:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -38,7 +39,9 @@ def key():
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
-    """Programs compiled in a module are kept on disk until its tests are over, for modules that compile the same one again and again."""
+    """What a module compiles again and again is compiled once: runs in this process share it, other processes find it on disk."""
+    from knife_jax import runner  # not earlier, or its types would not be checked
+
     names = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -47,7 +50,17 @@ def compile_once(tmp_path_factory):
     before = {name: jax.config.values[name] for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
-    yield Path(names["jax_compilation_cache_dir"])
+    done, compile_pieces = {}, runner.compile_pieces
+
+    def shared(pieces, keys, swept, mesh):
+        asked = (pieces.program.config.to_yaml(), keys.shape, str(jax.tree.map(np.shape, swept)), mesh)
+        if asked not in done:
+            done[asked] = compile_pieces(pieces, keys, swept, mesh)
+        return done[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "compile_pieces", shared)
+        yield Path(names["jax_compilation_cache_dir"])
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

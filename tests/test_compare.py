@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from knife_jax import Config, cli, compare
-from knife_jax.runner import RunResult
+from knife_jax.run_result import RunResult
 
 SMALL = ["--preset", "matrix_drift", "--env.scenario", "custom", "--env.options", "{payoff: [[1, 0], [0, 2]]}", "--agent.hidden_size", "8"]
 SHORT = [

@@ -99,7 +99,7 @@ def test_pace_finds_the_rounds_that_last_as_long_as_wanted():
 def test_counts_below_one_are_refused(field):
     """Before anything compiles."""
     with pytest.raises(ValueError, match=f"^{field}: at least 1, got 0"):
-        runner.run(SMALL, **{field: 0})
+        runner.run(SMALL, **{field: 0})  # pyright: ignore[reportArgumentType]
 
 
 def test_compiled_programs_are_kept_unless_told_otherwise(monkeypatch, tmp_path):
