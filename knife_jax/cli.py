@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Annotated, TypeVar, get_args, get_type_hints
 
 import jax
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from envs.registry import GAMES
@@ -21,12 +19,13 @@ from knife_jax import results, runner
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
 from knife_jax.interrupts import RunStoppedError
-from knife_jax.plan import Plan, make_game
+from knife_jax.plan import make_game
 from knife_jax.plasticity.registry import METHODS
 from knife_jax.presets import PRESETS, preset_config
 from knife_jax.program import make_program
+from knife_jax.progress import ProgressLine
 from knife_jax.run_directory import Saving, read_run_file
-from knife_jax.runner import Watcher
+from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
 
@@ -57,6 +56,8 @@ class TrainArguments:
     """Go on with the run in --out from its newest checkpoint; what else is given must be what it was started with."""
     saving: Saving = field(default_factory=Saving)
     """Checkpoints."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    """Weights & Biases."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -109,19 +110,20 @@ def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan, text = runner.describe_plan(parsed.fields, parsed.seeds)
-    env, tasks = make_game(parsed.fields)
+    reports_wins = make_game(parsed.fields)[0].reports_wins
     console = _console()
-    console.print(text)
-    options = {name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "chunk_rounds", "resume", "saving")}
+    console.print(runner.describe_plan(parsed.fields, parsed.seeds))
+    options = {
+        name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "chunk_rounds", "resume", "saving", "wandb")
+    }
     try:
-        with _progress_line(console) as line:
-            watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
-            result = runner.run(parsed.fields, progress=watch, out=out, **options)
+        width = runner.batch_width(parsed.seeds, parsed.seeds_per_batch)
+        with ProgressLine(console, parsed.fields, parsed.seeds, width) as line:
+            result = runner.run(parsed.fields, progress=line, out=out, **options)
     except RunStoppedError as stopped:
         print(f"knife-jax: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    summary = results.summarise(result, env.reports_wins)
+    summary = results.summarise(result, reports_wins)
     console.print(results.as_table(summary))
     if summary.plasticity_loss:
         console.print(summary.plasticity_loss)
@@ -141,11 +143,9 @@ def compare_command(arguments: Sequence[str]) -> int:
     console, runs = _console(), {}
     with results.new_directory(out) as unfinished:
         for method, config in configs.items():
-            plan, text = runner.describe_plan(config, parsed.seeds)
-            console.print(text)
-            with _progress_line(console) as line:
-                watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
-                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
+            console.print(runner.describe_plan(config, parsed.seeds))
+            with ProgressLine(console, config, parsed.seeds, parsed.seeds) as line:
+                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=line)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
         comparing.write(runs, unfinished, env.reports_wins)
@@ -154,18 +154,6 @@ def compare_command(arguments: Sequence[str]) -> int:
     console.print("\n".join(comparison.sentences), soft_wrap=True)
     console.print(f"results in {out}", soft_wrap=True)
     return 0
-
-
-def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Watcher:
-    """Moves the progress line at every evaluation."""
-    job = line.add_task("compiling", total=num_tasks * (plan.evaluations_per_task + 1), news="")
-
-    def on_evaluation(event: dict[str, np.ndarray]) -> None:
-        position, updates = int(np.ravel(event["position"])[0]), int(np.ravel(event["updates"])[0])
-        news = f"{measure} {np.mean(event[f'eval/{measure}']):.2f}, {updates:,} updates"
-        line.update(job, advance=1, description=f"task {position + 1}/{num_tasks}", news=news)
-
-    return on_evaluation
 
 
 def parse(kind: type[Arguments], arguments: Sequence[str]) -> Arguments:
@@ -228,19 +216,6 @@ def _console() -> Console:
     """A console wide enough for the tables where there is no terminal to ask."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
-
-
-def _progress_line(console: Console) -> Progress:
-    """One line that moves on a terminal; nothing where there is none."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[news]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,22 @@ class Point(NamedTuple):
     rounds: int
 
 
+class Status(NamedTuple):
+    """What is new.
+
+    Attributes:
+        point: how far the run has come.
+        updates: gradient steps of the present batch so far.
+        rows: the evaluations `{name: [kept]}` that were made on the way here.
+        seconds: how long it took.
+    """
+
+    point: Point
+    updates: int
+    rows: Sequence[Arrays]
+    seconds: float
+
+
 class Learned(NamedTuple):
     """What is kept of a batch of seeds that is done: metrics as in `make_train`, variables of the online networks, the cure's report."""
 
@@ -80,16 +96,16 @@ class Loop:
         compiled: the program.
         batches: the seeds.
         pace: how many rounds a chunk holds.
-        on_rows: told the point and the evaluations `{name: [kept]}` that were made on the way to it.
-        after_chunk: told the point and the gradient steps so far after every chunk, with a function that takes a snapshot there, good
-            until the next chunk. What it raises ends the run.
+        on_status: told what is new, after every chunk and at every task's end.
+        after_chunk: told the status after every chunk, with a function that takes a snapshot there, good until the next chunk. What it
+            raises ends the run.
     """
 
     compiled: Compiled
     batches: Sequence[Batch]
     pace: Pace = field(default_factory=Pace)
-    on_rows: Callable[[Point, Sequence[Arrays]], None] = _ignore
-    after_chunk: Callable[[Point, int, Callable[[], Snapshot]], None] = _ignore
+    on_status: Callable[[Status], None] = _ignore
+    after_chunk: Callable[[Status, Callable[[], Snapshot]], None] = _ignore
 
     def run(self, start: Snapshot | None = None) -> tuple[Learned, ...]:
         """Trains everything, or what is left of it after `start`."""
@@ -126,12 +142,15 @@ class Loop:
             began = time.perf_counter()
             carry, rows = compiled.advance(carry, {}, place, np.int32(count))
             metrics, evaluations = jax.device_get(rows)
-            self.pace.took(count, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.pace.took(count, seconds)
             rounds += count
             point = Point(batch, position, rounds)
-            self.on_rows(point, journal.write(metrics, int(evaluations)))
-            take = partial(_snapshot, point, carry, journal, start.learned)
-            self.after_chunk(point, int(carry.state.counters.updates), take)
+            status = Status(point, int(carry.state.counters.updates), journal.write(metrics, int(evaluations)), seconds)
+            self.on_status(status)
+            self.after_chunk(status, partial(_snapshot, point, carry, journal, start.learned))
+        began, updates = time.perf_counter(), int(carry.state.counters.updates)
         state, row, everywhere = compiled.finish(carry.state, carry.since_last, place)
-        self.on_rows(Point(batch, position, rounds), journal.write_end(*jax.device_get((row, everywhere))))
+        rows = journal.write_end(*jax.device_get((row, everywhere)))
+        self.on_status(Status(Point(batch, position, rounds), updates, rows, time.perf_counter() - began))
         return state

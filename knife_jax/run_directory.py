@@ -1,6 +1,7 @@
 """The directory of a run: what it is, checkpoints while it goes on, results when it is done.
 
-`run.json` says what run it is and whether it is done, `config.yaml` its configuration; `checkpoints/` is there until it is done.
+`run.json` says what run it is and whether it is done, `config.yaml` its configuration; `log.jsonl` and `log.npy` grow evaluation by
+evaluation; `checkpoints/` is there until it is done.
 """
 
 import json
@@ -17,8 +18,12 @@ from knife_jax import checkpoint, results
 from knife_jax.checkpoint import CheckpointError
 from knife_jax.chunks import Carry, Pieces
 from knife_jax.interrupts import Interruptions, RunStoppedError
-from knife_jax.loop import Point, Snapshot
+from knife_jax.journal import Arrays
+from knife_jax.loop import Snapshot, Status
+from knife_jax.provenance import environment_facts
+from knife_jax.rows import Evaluation, LogFiles
 from knife_jax.run_result import RunResult
+from knife_jax.wandb_log import WandbLog, WandbSettings
 
 RUN_FILE = "run.json"
 
@@ -49,6 +54,7 @@ class RunDirectory:
         pieces: the program.
         setting: what beside the configuration makes the run what it is: seeds and how they are batched.
         saving: when checkpoints are written.
+        wandb: what goes to Weights & Biases.
         resume: whether to go on with a run.
 
     Attributes:
@@ -59,20 +65,26 @@ class RunDirectory:
         CheckpointError: if there is nothing to resume, or another run, with the fields that differ.
     """
 
-    def __init__(self, path: Path, pieces: Pieces, setting: Mapping[str, Any], saving: Saving, resume: bool) -> None:
+    def __init__(self, path: Path, pieces: Pieces, setting: Mapping[str, Any], saving: Saving, wandb: WandbSettings, resume: bool) -> None:
         self.path = path
         self.interruptions = Interruptions()
         self._pieces, self._saving = pieces, saving
         config = pieces.program.config
         self._identity = json.loads(json.dumps({"config": config.to_dict(), **setting}))
         self._began = self._saved_at = time.perf_counter()
-        self._updates_saved = 0
+        self._updates_saved = self._evaluations = 0
+        self._logs: LogFiles | None = None
+        self._wandb: WandbLog | None = None
+        wandb.check()
         if resume:
             self._check(read_run_file(path))
         else:
             with results.new_directory(path) as unfinished:
                 (unfinished / "config.yaml").write_text(config.to_yaml())
                 self._write_run_file(unfinished, done=False)
+        if wandb.mode != "disabled":
+            facts = {**self._identity, "provenance": environment_facts()}
+            self._wandb = WandbLog(wandb, path, facts, -(-setting["seeds"] // setting["seeds_per_batch"]))
 
     @property
     def seconds(self) -> float:
@@ -87,13 +99,40 @@ class RunDirectory:
         """
         loaded = checkpoint.load(self.path / "checkpoints", carry, self._identity)
         self._began = self._saved_at = time.perf_counter()
+        extra = loaded.extra if loaded else {"seconds": 0.0, "evaluations": 0, "log_bytes": [0, 0]}
+        self._began -= extra["seconds"]
+        self._evaluations = extra["evaluations"]
+        self._logs = LogFiles(self.path)
+        self._logs.cut(extra["log_bytes"])
+        if self._wandb is not None:
+            self._wandb.open()
         if loaded is None:
             return None
-        self._began -= loaded.extra["seconds"]
         self._updates_saved = int(loaded.snapshot.carry.state.counters.updates)
         return loaded.snapshot
 
-    def after_chunk(self, point: Point, updates: int, take: Callable[[], Snapshot]) -> None:
+    def on_status(self, status: Status) -> None:
+        """Logs what is new.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        assert self._logs is not None
+        evaluations = [self._evaluation(status.point.batch, row) for row in status.rows]
+        try:
+            self._logs.write(evaluations)
+        except OSError as error:
+            raise OSError(f"could not write the log of {self.path}: {error}; the run can be resumed from its last checkpoint") from error
+        if self._wandb is not None:
+            self._wandb.log(self._evaluations, evaluations)
+        self._evaluations += len(evaluations)
+
+    def _evaluation(self, batch: int, row: Arrays) -> Evaluation:
+        program = self._pieces.program
+        task, env_steps = program.networks.tasks.names[int(row["task"][0])], int(row["rounds"][0]) * program.plan.round_env_steps
+        return Evaluation(batch, env_steps, task, self.seconds, row)
+
+    def after_chunk(self, status: Status, take: Callable[[], Snapshot]) -> None:
         """Writes a checkpoint if one is due, or if the run was asked to stop.
 
         Raises:
@@ -101,13 +140,14 @@ class RunDirectory:
             OSError: if the checkpoint cannot be written.
         """
         asked = self.interruptions.signal
-        if not (asked or self._is_due(updates)):
+        if not (asked or self._is_due(status.updates)):
             return
-        order = self._pieces.program.networks.tasks.order
+        point, order = status.point, self._pieces.program.networks.tasks.order
         step = (point.batch * len(order) + point.position) * self._pieces.rounds_per_task + point.rounds
-        extra = {"seconds": self.seconds}
+        assert self._logs is not None
+        extra = {"seconds": self.seconds, "evaluations": self._evaluations, "log_bytes": self._logs.sizes}
         path = checkpoint.save(self.path / "checkpoints", step, take(), self._identity, extra, self._saving.keep)
-        self._saved_at, self._updates_saved = time.perf_counter(), updates
+        self._saved_at, self._updates_saved = time.perf_counter(), status.updates
         if asked:
             raise RunStoppedError(f"stopped, and saved to {path}; go on with: knife-jax train --resume --out {self.path}", asked)
 
@@ -125,8 +165,17 @@ class RunDirectory:
                 os.replace(file, self.path / file.name)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if self._wandb is not None:
+            self._wandb.finish(result)
         self._write_run_file(self.path, done=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def close(self) -> None:
+        """Closes what is open; the run may be resumed unless it is done."""
+        if self._logs is not None:
+            self._logs.close()
+        if self._wandb is not None:
+            self._wandb.close(1)
 
     def _write_run_file(self, directory: Path, done: bool) -> None:
         partial = directory / f".{RUN_FILE}"

@@ -5,7 +5,6 @@ Shapes: S seeds, N evaluations, P positions in the order of tasks.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ from jaxtyping import Array, Key
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
 from knife_jax.config import Config, resolve
-from knife_jax.journal import Arrays
-from knife_jax.loop import Batch, Learned, Loop, Point
+from knife_jax.loop import Batch, Learned, Loop, Status
 from knife_jax.pace import Pace
-from knife_jax.plan import Plan, make_game, make_plan
+from knife_jax.plan import make_game, make_plan
 from knife_jax.program import make_program
 from knife_jax.provenance import environment_facts
 from knife_jax.run_directory import RunDirectory, Saving
 from knife_jax.run_result import RunResult
+from knife_jax.wandb_log import WandbSettings
 
-Watcher = Callable[[Arrays], None]
+Watcher = Callable[[Status], None]
 
 
 def seed_keys(seeds: int, first_seed: int = 0) -> Key[Array, "S"]:
@@ -44,6 +43,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     saving: Saving | None = None,
+    wandb: WandbSettings | None = None,
 ) -> RunResult:
     """Trains all seeds in compiled chunks, with the numbers of `make_train` (bit for bit on a processor, for batches of the same size).
 
@@ -57,10 +57,11 @@ def run(
         seeds_per_batch: how many seeds are trained side by side, at most; the batches, as even as possible, follow one another through one
             compiled program, and seeds that fill the last one up are thrown away. All of them if None.
         chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
-        progress: called after every evaluation with its metrics, each `[seeds of the batch]`.
+        progress: told what is new after every chunk and at every task's end.
         out: a new directory for checkpoints while the run goes on, and results when it is done; None writes nothing.
         resume: go on with the run that is in `out`, from its newest checkpoint that is whole.
         saving: how often checkpoints are written, and how many stay.
+        wandb: what goes to Weights & Biases; it needs `out`.
 
     Raises:
         ValueError: for a configuration that cannot be run, or one that is not that of the run to resume, before anything compiles.
@@ -72,41 +73,47 @@ def run(
             raise ValueError(f"{name}: at least 1, got {count}")
     if resume and out is None:
         raise ValueError("resume: needs the directory of the run in out")
+    if wandb is not None and wandb.mode != "disabled" and out is None:
+        raise ValueError("wandb: needs a directory in out")
     config = resolve(config)
     pieces = Pieces(make_program(config))
     width = batch_width(seeds, seeds_per_batch)
     setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width}
-    directory = RunDirectory(Path(out), pieces, setting, saving or Saving(), resume) if out is not None else None
+    recording = (saving or Saving(), wandb or WandbSettings())
+    directory = RunDirectory(Path(out), pieces, setting, *recording, resume) if out is not None else None
     batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
     started = time.perf_counter()
     compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(jax.devices()[:1]))
     compiled_at = time.perf_counter()
-    loop = Loop(compiled, batches, Pace(chunk_rounds))
-    learned, seconds = _recorded(loop, directory, progress)
-    times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
-    result = _result(pieces, learned, {**setting, **times, **environment_facts()})
-    if directory is not None:
-        directory.finish(result)
-    return result
+    loop = Loop(compiled, batches, Pace(chunk_rounds), on_status=progress or (lambda status: None))
 
+    def result_of(learned: Sequence[Learned], seconds: float) -> RunResult:
+        times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
+        return _result(pieces, learned, {**setting, **times, **environment_facts()})
 
-def _recorded(loop: Loop, directory: RunDirectory | None, progress: Watcher | None) -> tuple[tuple[Learned, ...], float]:
-    """What a loop leaves, with its checkpoints on the way, and for how many seconds it ran, those before a resumption included."""
-    loop.on_rows = partial(_tell, progress)
     if directory is None:
-        began = time.perf_counter()
-        return loop.run(), time.perf_counter() - began
-    start = directory.start(loop.compiled.carry)
-    loop.after_chunk = directory.after_chunk
-    with directory.interruptions:
-        return loop.run(start), directory.seconds
+        return result_of(loop.run(), time.perf_counter() - compiled_at)
+    return _recorded(loop, directory, result_of)
 
 
-def _tell(progress: Watcher | None, point: Point, rows: Sequence[Arrays]) -> None:
-    del point
-    if progress is not None:
-        for row in rows:
-            progress(row)
+def _recorded(loop: Loop, directory: RunDirectory, result_of: Callable[[Sequence[Learned], float], RunResult]) -> RunResult:
+    """Runs a loop with logs, checkpoints and signals, and writes what it leaves."""
+    watch = loop.on_status
+
+    def on_status(status: Status) -> None:
+        directory.on_status(status)
+        watch(status)
+
+    loop.on_status, loop.after_chunk = on_status, directory.after_chunk
+    try:
+        start = directory.start(loop.compiled.carry)
+        with directory.interruptions:
+            learned = loop.run(start)
+        result = result_of(learned, directory.seconds)
+        directory.finish(result)
+    finally:
+        directory.close()
+    return result
 
 
 def batch_width(seeds: int, seeds_per_batch: int | None) -> int:
@@ -128,14 +135,13 @@ def _result(pieces: Pieces, learned: Sequence[Learned], provenance: dict[str, An
     return RunResult(program.config, metrics, tasks.names, tasks.order, variables, report, provenance)
 
 
-def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
-    """The plan of a run and one line about it for people."""
+def describe_plan(config: Config, seeds: int) -> str:
+    """One line about a run for people."""
     env, tasks = make_game(config)
     plan = make_plan(config, env)
     scenario = f"/{config.env.scenario}" if config.env.scenario else ""
     cure = "" if config.plasticity.name == "none" else f" with {config.plasticity.name}"
-    text = (
+    return (
         f"{config.learner.mixer}{cure} on {config.env.name}{scenario}: {seeds} seeds x {len(tasks.order)} tasks x "
         f"{plan.env_steps_per_task:,} env steps, {plan.evaluations_per_task + 1} evaluations per task"
     )
-    return plan, text

@@ -44,9 +44,9 @@ def _run_until(evaluations, out, action=None):
     """Runs until so many evaluations are made, then dies, or acts."""
     seen = []
 
-    def progress(row):
-        seen.append(row)
-        if len(seen) == evaluations:
+    def progress(status):
+        seen.extend(status.rows)
+        if seen and len(seen) - len(status.rows) < evaluations <= len(seen):
             if action is None:
                 raise RuntimeError("died")
             action()

@@ -48,7 +48,9 @@ def test_chunks_have_the_bits_of_the_single_program(single, options):
 def test_batches_have_the_bits_of_runs_of_their_width(single):
     """Three seeds, two at a time: the first two are the run of two, the last is filled up with one that is thrown away."""
     seen = []
-    result = runner.run(SMALL, seeds=3, seeds_per_batch=2, progress=lambda row: seen.append(row["eval/return"].shape))
+    result = runner.run(
+        SMALL, seeds=3, seeds_per_batch=2, progress=lambda status: seen.extend(row["eval/return"].shape for row in status.rows)
+    )
     assert result.provenance["seeds_per_batch"] == 2
     assert seen == [(2,)] * 9 + [(1,)] * 9
     for name, values in single["metrics"].items():
