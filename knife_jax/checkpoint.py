@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import NamedSharding
 
 from knife_jax.chunks import Carry
 from knife_jax.loop import Learned, Point, Snapshot
+from knife_jax.trees import flat, nested
 
 FORMAT = 1
 _STATE, _HOST, _META, _MANIFEST = "state", "host.npz", "meta.json", "manifest.json"
@@ -69,7 +69,7 @@ def save(directory: Path, step: int, snapshot: Snapshot, identity: Mapping[str, 
         _remove(unfinished)
         unfinished.mkdir()
         _write_state(unfinished / _STATE, snapshot.carry)
-        np.savez(unfinished / _HOST, **_flat(_host_part(snapshot)))  # pyright: ignore[reportArgumentType]
+        np.savez(unfinished / _HOST, **flat(_host_part(snapshot)))  # pyright: ignore[reportArgumentType]
         (unfinished / _META).write_text(json.dumps(meta))
         (unfinished / _MANIFEST).write_text(json.dumps(_digests(unfinished)))
         _remove(final)
@@ -106,7 +106,7 @@ def load(directory: Path, carry: Carry, identity: Mapping[str, Any]) -> Loaded |
             damaged.append(f"{path}: {_one_line(error)}")
             continue
         _check(path, meta, carry, identity)
-        host = _nested(dict(np.load(path / _HOST)))
+        host = nested(dict(np.load(path / _HOST)))
         learned = tuple(Learned(**host["learned"][str(index)]) for index in range(len(host["learned"])))
         snapshot = Snapshot(Point(**meta["point"]), _read_state(path / _STATE, carry), host["metrics"], learned)
         return Loaded(snapshot, meta["extra"], path, tuple(damaged))
@@ -209,20 +209,6 @@ def _plain_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def _host_part(snapshot: Snapshot) -> dict[str, Any]:
     return {"metrics": snapshot.metrics, "learned": {str(index): learned._asdict() for index, learned in enumerate(snapshot.learned)}}
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Nested dicts of arrays as one dict; an empty one is kept as an array under the name null."""
-    flat: dict[Any, Any] = traverse_util.flatten_dict(tree, keep_empty_nodes=True)
-    empty = traverse_util.empty_node
-    return {json.dumps([*path, None] if leaf is empty else path): np.zeros(0) if leaf is empty else leaf for path, leaf in flat.items()}
-
-
-def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The nested dicts that `_flat` was given."""
-    paths = {tuple(json.loads(name)): values for name, values in flat.items()}
-    leaves = {path[:-1] if path[-1] is None else path: {} if path[-1] is None else values for path, values in paths.items()}
-    return traverse_util.unflatten_dict(leaves)
 
 
 def _steps(directory: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The command line: `knife-jax train`, `knife-jax compare` and `knife-jax list`."""
+"""The command line: `knife-jax train`, `compare`, `evaluate`, `watch` and `list`."""
 
 import argparse
 import sys
@@ -15,7 +15,9 @@ from rich.table import Table
 
 from envs.registry import GAMES
 from knife_jax import compare as comparing
+from knife_jax import policy as policies
 from knife_jax import results, runner
+from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
 from knife_jax.interrupts import RunStoppedError
@@ -25,6 +27,7 @@ from knife_jax.presets import PRESETS, preset_config
 from knife_jax.program import make_program
 from knife_jax.progress import ProgressLine
 from knife_jax.run_directory import Saving, read_run_file
+from knife_jax.statistics import mean_estimate
 from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
@@ -83,13 +86,49 @@ class CompareArguments:
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Plays complete greedy episodes of every task with what a run learned."""
+
+    path: tyro.conf.Positional[Path]
+    """The directory of a finished run."""
+    episodes: int = 100
+    """Episodes of each task, for every seed."""
+    seed: int | None = None
+    """Whose agents; those of all seeds if not given."""
+    first_key: int = 0
+    """Another number gives other episodes."""
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Draws what a run learned: an episode, or the values of a matrix game."""
+
+    path: tyro.conf.Positional[Path]
+    """The directory of a finished run."""
+    out: Path | None = None
+    """A .gif, .mp4 or .png (a strip of moments); watch.gif in the run's directory, for matrix games watch.png, if not given."""
+    seed: int | None = None
+    """Whose agents; the first seed's if not given."""
+    task: str | None = None
+    """The task's name; the first one if not given."""
+    key: int = 0
+    """Another number gives another episode."""
+
+
 Arguments = TypeVar("Arguments", TrainArguments, CompareArguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for what the user must mend)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train_command, "compare": compare_command, "list": list_command}
+    commands = {
+        "train": train_command,
+        "compare": compare_command,
+        "evaluate": evaluate_command,
+        "watch": watch_command,
+        "list": list_command,
+    }
     if not given or given[0] not in commands:
         wants_help = bool(given) and given[0] in ("-h", "--help")
         stream = sys.stdout if wants_help else sys.stderr
@@ -153,6 +192,34 @@ def compare_command(arguments: Sequence[str]) -> int:
     console.print(comparing.as_table(comparison, [tasks.names[task] for task in tasks.order]))
     console.print("\n".join(comparison.sentences), soft_wrap=True)
     console.print(f"results in {out}", soft_wrap=True)
+    return 0
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """`knife-jax evaluate`: a table of return, success and length on every task."""
+    parsed = tyro.cli(EvaluateArguments, args=list(arguments), prog="knife-jax evaluate", use_underscores=True)
+    played = policies.evaluate(parsed.path, parsed.episodes, parsed.seed, parsed.first_key)
+    seeds, episodes = next(iter(played.values()))["return"].shape
+    over = f"{seeds} seeds, {episodes} episodes each" if seeds > 1 else f"{episodes} episodes"
+    table = Table("task", title=f"Greedy play: mean over {over}, 95 % intervals", title_justify="left")
+    measures = ("return", "won", "length")
+    for measure in measures:
+        table.add_column(measure, justify="right")
+    for task, metrics in played.items():
+        values = {name: metrics[name].mean(axis=1) if seeds > 1 else metrics[name][0] for name in measures}
+        table.add_row(task, *(str(mean_estimate(values[name])) for name in measures))
+    _console().print(table)
+    return 0
+
+
+def watch_command(arguments: Sequence[str]) -> int:
+    """`knife-jax watch`: one picture of what a run learned."""
+    parsed = tyro.cli(WatchArguments, args=list(arguments), prog="knife-jax watch", use_underscores=True)
+    policy = policies.load_policy(parsed.path, parsed.seed)
+    is_table = policy.config.env.name.split("/")[0] == "matrix"
+    out = parsed.out or parsed.path / ("watch.png" if is_table else "watch.gif")
+    said = watching.watch(policy, out, policies.task_index(policy, parsed.task), jax.random.key(parsed.key))
+    print(f"{said}: {out}")
     return 0
 
 

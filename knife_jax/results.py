@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from knife_jax import continual
+from knife_jax import continual, policy
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate, iqm_estimate, mean_estimate
 
@@ -154,12 +154,13 @@ def save(result: RunResult, directory: str | Path, reports_wins: bool = True) ->
 
 
 def write(result: RunResult, directory: Path, reports_wins: bool = True) -> None:
-    """Writes `metrics.npz`, `config.yaml`, `summary.json` and `learning_curve.png` into a directory that exists."""
+    """Writes `metrics.npz`, `config.yaml`, `summary.json`, `learning_curve.png` and the policy into a directory that exists."""
     arrays = {name.replace("/", "."): values for name, values in result.metrics.items()}
     np.savez_compressed(directory / "metrics.npz", **arrays)  # pyright: ignore[reportArgumentType]
     (directory / "config.yaml").write_text(result.config.to_yaml())
     (directory / "summary.json").write_text(json.dumps(_as_json(result, reports_wins), indent=2) + "\n")
     plot_learning_curve(result, reports_wins).savefig(directory / "learning_curve.png", dpi=120)
+    policy.save(result, directory)
 
 
 @contextlib.contextmanager
