@@ -51,6 +51,8 @@ class TrainArguments:
     """The first of them."""
     seeds_per_batch: int | None = None
     """At most so many side by side, where they do not all fit into memory; the batches follow one another."""
+    devices: int | None = None
+    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given."""
     chunk_rounds: int | None = None
     """Rounds between two looks at the clock, the log and signals; as many as last about two seconds if not given. Changes no result."""
     out: Path | None = None
@@ -153,10 +155,12 @@ def train_command(arguments: Sequence[str]) -> int:
     console = _console()
     console.print(runner.describe_plan(parsed.fields, parsed.seeds))
     options = {
-        name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "chunk_rounds", "resume", "saving", "wandb")
+        name: getattr(parsed, name)
+        for name in ("seeds", "first_seed", "seeds_per_batch", "devices", "chunk_rounds", "resume", "saving", "wandb")
     }
     try:
-        width = runner.batch_width(parsed.seeds, parsed.seeds_per_batch)
+        devices = runner.choose_devices(parsed.seeds, parsed.seeds_per_batch, parsed.devices)
+        width = runner.batch_width(parsed.seeds, parsed.seeds_per_batch, devices)
         with ProgressLine(console, parsed.fields, parsed.seeds, width) as line:
             result = runner.run(parsed.fields, progress=line, out=out, **options)
     except RunStoppedError as stopped:
@@ -260,7 +264,7 @@ def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
         raise ValueError("--resume: needs --out, the directory of the run to go on with")
     saved = read_run_file(out)
     config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
-    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch")})
+    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch", "devices")})
 
 
 def list_command(arguments: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ Every device works on its own share of the seeds with a program of its own; noth
 Shapes: S seeds, R evaluations that a chunk has room for, K distinct tasks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +42,9 @@ class Compiled(NamedTuple):
     finish: Callable[..., tuple[RunnerState, Metrics, Metrics]]
 
 
-def seeds_mesh(devices: Sequence[Any]) -> Mesh:
-    """A row of devices, over which the seeds' axis is split."""
-    return Mesh(np.asarray(devices), (SEEDS,))
+def seeds_mesh(count: int) -> Mesh:
+    """A row of so many devices, over which the seeds' axis is split."""
+    return Mesh(np.asarray(jax.devices()[:count]), (SEEDS,))
 
 
 def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Mesh) -> Compiled:
@@ -78,7 +78,12 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     rows = (axes, Rows(0, None))  # pyright: ignore[reportArgumentType]
     advance = lower(pieces.advance, (axes, 0, None, None), rows, (carry, swept, place, number), (0,))
     finish = lower(pieces.finish, (axes.state, 0, None), (axes.state, 0, 0), (carry.state, carry.since_last, place), (0,))
-    return Compiled(pieces, carry, *(lowered.compile() for lowered in (init, begin, advance, finish)))
+    start, *rest = (lowered.compile() for lowered in (init, begin, advance, finish))
+
+    def start_anywhere(keys: Key[Array, "S"], swept: Swept) -> RunnerState:
+        return start(*jax.device_put((keys, swept), NamedSharding(mesh, PartitionSpec(SEEDS))))
+
+    return Compiled(pieces, carry, start_anywhere, *rest)
 
 
 def _specs(axes: Any) -> Any:

@@ -38,6 +38,7 @@ def run(
     seeds: int = 1,
     first_seed: int = 0,
     seeds_per_batch: int | None = None,
+    devices: int | None = None,
     chunk_rounds: int | None = None,
     progress: Watcher | None = None,
     out: str | Path | None = None,
@@ -56,6 +57,7 @@ def run(
         first_seed: the first of them.
         seeds_per_batch: how many seeds are trained side by side, at most; the batches, as even as possible, follow one another through one
             compiled program, and seeds that fill the last one up are thrown away. All of them if None.
+        devices: over how many devices the seeds are spread, each with as many; as many as there are (and no more than seeds) if None.
         chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
         progress: told what is new after every chunk and at every task's end.
         out: a new directory for checkpoints while the run goes on, and results when it is done; None writes nothing.
@@ -68,7 +70,7 @@ def run(
         OSError: if `out` exists (unless resuming) or cannot be written.
         RunStoppedError: if the run was stopped by a signal; it says how to resume.
     """
-    for name, count in (("seeds", seeds), ("seeds_per_batch", seeds_per_batch), ("chunk_rounds", chunk_rounds)):
+    for name, count in {"seeds": seeds, "seeds_per_batch": seeds_per_batch, "devices": devices, "chunk_rounds": chunk_rounds}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: at least 1, got {count}")
     if resume and out is None:
@@ -77,13 +79,14 @@ def run(
         raise ValueError("wandb: needs a directory in out")
     config = resolve(config)
     pieces = Pieces(make_program(config))
-    width = batch_width(seeds, seeds_per_batch)
-    setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width}
+    devices = choose_devices(seeds, seeds_per_batch, devices)
+    width = batch_width(seeds, seeds_per_batch, devices)
+    setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width, "devices": devices}
     recording = (saving or Saving(), wandb or WandbSettings())
     directory = RunDirectory(Path(out), pieces, setting, *recording, resume) if out is not None else None
     batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
     started = time.perf_counter()
-    compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(jax.devices()[:1]))
+    compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(devices))
     compiled_at = time.perf_counter()
     loop = Loop(compiled, batches, Pace(chunk_rounds), on_status=progress or (lambda status: None))
 
@@ -116,10 +119,27 @@ def _recorded(loop: Loop, directory: RunDirectory, result_of: Callable[[Sequence
     return result
 
 
-def batch_width(seeds: int, seeds_per_batch: int | None) -> int:
-    """How many seeds are trained side by side: at most `seeds_per_batch`, with as few left over as possible."""
-    batches = -(-seeds // min(seeds, seeds_per_batch or seeds))
-    return -(-seeds // batches)
+def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None) -> int:
+    """Over how many devices the seeds are spread.
+
+    Raises:
+        ValueError: if more are asked for than there are, or than there are seeds side by side.
+    """
+    together = min(seeds, seeds_per_batch or seeds)
+    if devices is None:
+        return min(jax.device_count(), together)
+    if devices > jax.device_count():
+        raise ValueError(f"devices: there are {jax.device_count()}, not {devices}")
+    if devices > together:
+        raise ValueError(f"devices: {devices} are more than the {together} seeds that are trained side by side")
+    return devices
+
+
+def batch_width(seeds: int, seeds_per_batch: int | None, devices: int = 1) -> int:
+    """How many seeds are trained side by side: a multiple of the devices, at most `seeds_per_batch`, with as few left over as possible."""
+    most = -(-seeds // devices) if seeds_per_batch is None else max(1, min(seeds, seeds_per_batch) // devices)
+    batches = -(-seeds // (most * devices))
+    return devices * -(-seeds // (batches * devices))
 
 
 def _result(pieces: Pieces, learned: Sequence[Learned], provenance: dict[str, Any]) -> RunResult:

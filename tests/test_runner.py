@@ -1,6 +1,9 @@
 """Runs in compiled chunks: the numbers of the single program, whatever the chunks and the batches."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,11 @@ SMALL = {
 
 
 pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+def tolerance(name):
+    """How far a metric may differ in another process: not at all, but for ranks, whose singular values LAPACK rounds as memory falls."""
+    return 1e-4 if name.endswith("_rank") else 0.0
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +86,68 @@ def test_cond_survives_in_a_chunk():
 
 def test_batches_are_even():
     """At most as many as asked for, and as few as possible left over."""
-    widths = {(10, None): 10, (10, 8): 5, (10, 4): 4, (3, 2): 2, (3, 5): 3, (1, 1): 1}
-    assert {(seeds, most): runner.batch_width(seeds, most) for seeds, most in widths} == widths
+    widths = {(10, None, 1): 10, (10, 8, 1): 5, (10, 4, 1): 4, (3, 2, 1): 2, (3, 5, 1): 3, (1, 1, 1): 1}
+    widths |= {(10, None, 4): 12, (16, None, 8): 16, (16, 9, 4): 8, (9, 5, 4): 4, (17, 8, 8): 8}
+    assert {asked: runner.batch_width(*asked) for asked in widths} == widths
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    """As are more than seeds side by side; unless told, as many are taken as there are, and no more than seeds."""
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert [runner.choose_devices(*asked) for asked in ((8, None, None), (3, None, None), (8, 2, None), (8, None, 3))] == [4, 3, 2, 3]
+    with pytest.raises(ValueError, match="devices: there are 4, not 5"):
+        runner.run(SMALL, seeds=8, devices=5)
+    with pytest.raises(ValueError, match="devices: 3 are more than the 2 seeds that are trained side by side"):
+        runner.run(SMALL, seeds=8, seeds_per_batch=2, devices=3)
+
+
+ON_DEVICES = """
+import sys
+import numpy as np
+import jax
+from knife_jax import runner
+from knife_jax.chunks import Pieces
+from knife_jax.compiled import compile_pieces, seeds_mesh
+from knife_jax.config import resolve
+from knife_jax.loop import Batch, Loop
+from knife_jax.program import make_program
+from knife_jax.run_directory import Saving
+
+config, out = resolve(eval(sys.argv[1])), sys.argv[2]
+pieces, keys = Pieces(make_program(config)), runner.seed_keys(8)
+compiled = compile_pieces(pieces, keys, {}, seeds_mesh(4))
+text = compiled.advance.as_text()
+assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter") if word in text]
+compile_once = {4: compiled}
+runner.compile_pieces = lambda pieces, keys, swept, mesh: compile_once[mesh.size]
+
+
+def die(status):
+    if status.point.position == 1:
+        raise RuntimeError
+
+
+try:
+    runner.run(config, seeds=8, devices=4, out=out, saving=Saving(every_minutes=0.0), chunk_rounds=7, progress=die)
+except RuntimeError:
+    pass
+result = runner.run(config, seeds=8, devices=4, out=out, resume=True, chunk_rounds=7)
+assert result.provenance["devices"] == 4
+np.savez(out + "/all.npz", **{name.replace("/", "."): values for name, values in result.metrics.items()})
+"""
+
+
+def test_seeds_on_four_devices_have_the_bits_of_one(single, tmp_path):
+    """Two seeds on each of four devices, without a word between them, killed and resumed: the numbers of two seeds on one."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-c", ON_DEVICES, repr(SMALL), str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    metrics = np.load(tmp_path / "out" / "all.npz")
+    for name, values in single["metrics"].items():
+        found = metrics[name.replace("/", ".")]
+        assert len(found) == 8
+        np.testing.assert_allclose(found[:2], values, rtol=tolerance(name), atol=0, err_msg=name)
 
 
 def test_pace_finds_the_rounds_that_last_as_long_as_wanted():
@@ -97,7 +165,7 @@ def test_pace_finds_the_rounds_that_last_as_long_as_wanted():
     assert fixed.rounds(100) == 7
 
 
-@pytest.mark.parametrize("field", ["seeds", "seeds_per_batch", "chunk_rounds"])
+@pytest.mark.parametrize("field", ["seeds", "seeds_per_batch", "devices", "chunk_rounds"])
 def test_counts_below_one_are_refused(field):
     """Before anything compiles."""
     with pytest.raises(ValueError, match=f"^{field}: at least 1, got 0"):
