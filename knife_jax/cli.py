@@ -1,6 +1,7 @@
 """The command line: `knife-jax train`, `compare`, `evaluate`, `watch` and `list`."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from knife_jax.program import make_program
 from knife_jax.progress import ProgressLine
 from knife_jax.run_directory import Saving, read_run_file
 from knife_jax.statistics import mean_estimate
+from knife_jax.sweep import parse_sweep
 from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
@@ -49,6 +51,8 @@ class TrainArguments:
     """How many seeds, trained side by side."""
     first_seed: int = 0
     """The first of them."""
+    sweep: tuple[str, ...] = ()
+    """Numbers trained side by side with the seeds, every combination of them: optimizer.learning_rate=1e-4,5e-4 learner.gamma=0.9,0.99"""
     seeds_per_batch: int | None = None
     """At most so many side by side, where they do not all fit into memory; the batches follow one another."""
     devices: int | None = None
@@ -158,20 +162,23 @@ def train_command(arguments: Sequence[str]) -> int:
         name: getattr(parsed, name)
         for name in ("seeds", "first_seed", "seeds_per_batch", "devices", "chunk_rounds", "resume", "saving", "wandb")
     }
+    sweep = parse_sweep(parsed.sweep)
+    lanes = parsed.seeds * math.prod(len(values) for values in sweep.values())
+    devices = runner.choose_devices(lanes, parsed.seeds_per_batch, parsed.devices)
+    width = runner.batch_width(lanes, parsed.seeds_per_batch, devices)
     try:
-        devices = runner.choose_devices(parsed.seeds, parsed.seeds_per_batch, parsed.devices)
-        width = runner.batch_width(parsed.seeds, parsed.seeds_per_batch, devices)
-        with ProgressLine(console, parsed.fields, parsed.seeds, width) as line:
-            result = runner.run(parsed.fields, progress=line, out=out, **options)
+        with ProgressLine(console, parsed.fields, lanes, width) as line:
+            finished = runner.run_sweep(parsed.fields, sweep, progress=line, out=out, **options)
     except RunStoppedError as stopped:
         print(f"knife-jax: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
-    summary = results.summarise(result, reports_wins)
-    console.print(results.as_table(summary))
-    if summary.plasticity_loss:
-        console.print(summary.plasticity_loss)
-    compiling, running = result.provenance["compile_seconds"], result.provenance["run_seconds"]
-    console.print(f"compiled in {compiling:.0f} s, ran in {running:.0f} s; results in {out}", soft_wrap=True)
+    for label, result in finished.items():
+        summary = results.summarise(result, reports_wins)
+        console.print(*([label] if label else []), results.as_table(summary), sep="\n")
+        if summary.plasticity_loss:
+            console.print(summary.plasticity_loss)
+    took = next(iter(finished.values())).provenance
+    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s; results in {out}", soft_wrap=True)
     return 0
 
 
@@ -264,6 +271,8 @@ def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
         raise ValueError("--resume: needs --out, the directory of the run to go on with")
     saved = read_run_file(out)
     config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
+    if sweep := saved.get("sweep"):
+        default = replace(default, sweep=tuple(f"{name}={','.join(map(str, values))}" for name, values in sweep.items()))
     return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch", "devices")})
 
 

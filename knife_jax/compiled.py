@@ -28,6 +28,7 @@ class Compiled(NamedTuple):
     Attributes:
         pieces: what was compiled.
         carry: shapes and shardings of what a chunk passes on.
+        placed: puts keys or swept numbers on the devices.
         init: `(keys, swept)` to the state before the first task.
         begin: `(state, swept, place)` to a task's `Carry`.
         advance: `(carry, swept, place, rounds)` to `(carry, rows)`, metrics `[S, R]`.
@@ -36,6 +37,7 @@ class Compiled(NamedTuple):
 
     pieces: Pieces
     carry: Carry
+    placed: Callable[[Any], Any]
     init: Callable[..., RunnerState]
     begin: Callable[..., Carry]
     advance: Callable[..., tuple[Carry, Rows]]
@@ -78,12 +80,11 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     rows = (axes, Rows(0, None))  # pyright: ignore[reportArgumentType]
     advance = lower(pieces.advance, (axes, 0, None, None), rows, (carry, swept, place, number), (0,))
     finish = lower(pieces.finish, (axes.state, 0, None), (axes.state, 0, 0), (carry.state, carry.since_last, place), (0,))
-    start, *rest = (lowered.compile() for lowered in (init, begin, advance, finish))
 
-    def start_anywhere(keys: Key[Array, "S"], swept: Swept) -> RunnerState:
-        return start(*jax.device_put((keys, swept), NamedSharding(mesh, PartitionSpec(SEEDS))))
+    def placed(tree: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(SEEDS)))
 
-    return Compiled(pieces, carry, start_anywhere, *rest)
+    return Compiled(pieces, carry, placed, *(lowered.compile() for lowered in (init, begin, advance, finish)))
 
 
 def _specs(axes: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from knife_jax.chunks import Carry
+from knife_jax.chunks import Carry, Swept
 from knife_jax.compiled import Compiled
 from knife_jax.journal import Arrays, Journal
 from knife_jax.pace import Pace
@@ -26,10 +26,12 @@ class Batch(NamedTuple):
     Attributes:
         keys: one for each, `[S]`.
         kept: the first so many count; the others only fill the batch up.
+        swept: numbers that differ between them, `{section: {field: [S]}}`.
     """
 
     keys: Key[Array, "S"]
     kept: int
+    swept: Swept
 
 
 class Point(NamedTuple):
@@ -117,22 +119,23 @@ class Loop:
 
     def _train(self, index: int, learned: tuple[Learned, ...], start: Snapshot | None) -> Learned:
         """One batch over all tasks."""
-        keys, kept = self.batches[index]
+        compiled, kept = self.compiled, self.batches[index].kept
+        keys, swept = compiled.placed(self.batches[index].keys), compiled.placed(self.batches[index].swept)
         journal = Journal(kept, start.metrics if start else None)
-        order = self.compiled.pieces.program.networks.tasks.order
-        state = None if start else self.compiled.init(keys, {})
+        order = compiled.pieces.program.networks.tasks.order
+        state = None if start else compiled.init(keys, swept)
         for position in range(start.point.position if start else 0, len(order)):
             place = (np.int32(position), np.int32(order[position]))
             if start is not None:
                 snapshot, start = start, None
             else:
-                snapshot = Snapshot(Point(index, position, 0), self.compiled.begin(state, {}, place), {}, learned)
-            state = self._train_on_task(snapshot, place, journal)
+                snapshot = Snapshot(Point(index, position, 0), compiled.begin(state, swept, place), {}, learned)
+            state = self._train_on_task(snapshot, swept, place, journal)
         assert state is not None
         variables, report = jax.tree.map(lambda leaf: np.asarray(leaf)[:kept], (state.learner.variables, state.learner.report))
         return Learned(journal.metrics, variables, report)
 
-    def _train_on_task(self, start: Snapshot, place: tuple[np.int32, np.int32], journal: Journal) -> RunnerState:
+    def _train_on_task(self, start: Snapshot, swept: Swept, place: tuple[np.int32, np.int32], journal: Journal) -> RunnerState:
         """Chunks to the end of a task, and its last evaluation."""
         compiled, (batch, position, rounds), carry = self.compiled, start.point, start.carry
         pieces = compiled.pieces
@@ -140,7 +143,7 @@ class Loop:
             within = rounds % pieces.program.plan.rounds_per_evaluation
             count = self.pace.rounds(min(pieces.rounds_per_task - rounds, pieces.most_rounds - within))
             began = time.perf_counter()
-            carry, rows = compiled.advance(carry, {}, place, np.int32(count))
+            carry, rows = compiled.advance(carry, swept, place, np.int32(count))
             metrics, evaluations = jax.device_get(rows)
             seconds = time.perf_counter() - began
             self.pace.took(count, seconds)

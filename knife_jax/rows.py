@@ -25,10 +25,11 @@ COUNTERS = ("position", "task", "rounds", "updates")
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of a batch of seeds.
+    """One evaluation of seeds that have everything else in common.
 
     Attributes:
-        batch: the batch.
+        batch: the batch of seeds.
+        group: what sets them apart from other seeds of the run, such as a swept number; empty if nothing does.
         env_steps: slots collected before it, per seed.
         task_name: the task it was made on.
         seconds: since the run began.
@@ -36,6 +37,7 @@ class Evaluation(NamedTuple):
     """
 
     batch: int
+    group: str
     env_steps: int
     task_name: str
     seconds: float
@@ -126,6 +128,7 @@ def as_numbers(estimate: Estimate) -> list[float | None]:
 def _line(evaluation: Evaluation) -> Mapping[str, Any]:
     return {
         "batch": evaluation.batch,
+        "group": evaluation.group,
         **evaluation.counters,
         "task_name": evaluation.task_name,
         "env_steps": evaluation.env_steps,

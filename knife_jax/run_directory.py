@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from knife_jax.run_result import RunResult
 from knife_jax.wandb_log import WandbLog, WandbSettings
 
 RUN_FILE = "run.json"
+Groups = Sequence[Sequence[tuple[str, slice]]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class RunDirectory:
         setting: what beside the configuration makes the run what it is: seeds and how they are batched.
         saving: when checkpoints are written.
         wandb: what goes to Weights & Biases.
+        groups: the parts of every batch that are logged apart, each with a name.
         resume: whether to go on with a run.
 
     Attributes:
@@ -65,10 +67,12 @@ class RunDirectory:
         CheckpointError: if there is nothing to resume, or another run, with the fields that differ.
     """
 
-    def __init__(self, path: Path, pieces: Pieces, setting: Mapping[str, Any], saving: Saving, wandb: WandbSettings, resume: bool) -> None:
+    def __init__(
+        self, path: Path, pieces: Pieces, setting: Mapping[str, Any], saving: Saving, wandb: WandbSettings, groups: Groups, resume: bool
+    ) -> None:
         self.path = path
         self.interruptions = Interruptions()
-        self._pieces, self._saving = pieces, saving
+        self._pieces, self._saving, self._groups = pieces, saving, groups
         config = pieces.program.config
         self._identity = json.loads(json.dumps({"config": config.to_dict(), **setting}))
         self._began = self._saved_at = time.perf_counter()
@@ -84,7 +88,7 @@ class RunDirectory:
                 self._write_run_file(unfinished, done=False)
         if wandb.mode != "disabled":
             facts = {**self._identity, "provenance": environment_facts()}
-            self._wandb = WandbLog(wandb, path, facts, -(-setting["seeds"] // setting["seeds_per_batch"]))
+            self._wandb = WandbLog(wandb, path, facts)
 
     @property
     def seconds(self) -> float:
@@ -118,7 +122,8 @@ class RunDirectory:
             OSError: if it cannot be written.
         """
         assert self._logs is not None
-        evaluations = [self._evaluation(status.point.batch, row) for row in status.rows]
+        groups = self._groups[status.point.batch]
+        evaluations = [self._evaluation(status.point.batch, *group, row) for row in status.rows for group in groups]
         try:
             self._logs.write(evaluations)
         except OSError as error:
@@ -127,10 +132,10 @@ class RunDirectory:
             self._wandb.log(self._evaluations, evaluations)
         self._evaluations += len(evaluations)
 
-    def _evaluation(self, batch: int, row: Arrays) -> Evaluation:
+    def _evaluation(self, batch: int, group: str, part: slice, row: Arrays) -> Evaluation:
         program = self._pieces.program
         task, env_steps = program.networks.tasks.names[int(row["task"][0])], int(row["rounds"][0]) * program.plan.round_env_steps
-        return Evaluation(batch, env_steps, task, self.seconds, row)
+        return Evaluation(batch, group, env_steps, task, self.seconds, {name: values[part] for name, values in row.items()})
 
     def after_chunk(self, status: Status, take: Callable[[], Snapshot]) -> None:
         """Writes a checkpoint if one is due, or if the run was asked to stop.
@@ -156,17 +161,26 @@ class RunDirectory:
         by_updates = every is not None and not 0 <= since < every  # the next batch of seeds counts from zero again
         return by_updates or time.perf_counter() - self._saved_at >= 60 * self._saving.every_minutes
 
-    def finish(self, result: RunResult) -> None:
-        """Writes the results; only when all of them are there the run counts as done and the checkpoints go."""
+    def finish(self, finished: Mapping[str, RunResult]) -> None:
+        """Writes the results; only when all of them are there the run counts as done and the checkpoints go.
+
+        Args:
+            finished: by the name of a directory in that of the run; the empty name is the run's own.
+        """
         unfinished = Path(tempfile.mkdtemp(prefix=".results-", dir=self.path))
         try:
-            results.write(result, unfinished, self._pieces.program.networks.env.reports_wins)
-            for file in unfinished.iterdir():
-                os.replace(file, self.path / file.name)
+            for name, result in finished.items():
+                (unfinished / name).mkdir(exist_ok=True)
+                results.write(result, unfinished / name, self._pieces.program.networks.env.reports_wins)
+            unfinished.chmod(0o755)
+            for item in unfinished.iterdir():
+                if item.is_dir():
+                    shutil.rmtree(self.path / item.name, ignore_errors=True)
+                os.replace(item, self.path / item.name)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         if self._wandb is not None:
-            self._wandb.finish(result)
+            self._wandb.finish(finished)
         self._write_run_file(self.path, done=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 

@@ -22,6 +22,7 @@ from knife_jax.program import make_program
 from knife_jax.provenance import environment_facts
 from knife_jax.run_directory import RunDirectory, Saving
 from knife_jax.run_result import RunResult
+from knife_jax.sweep import Combination, Sweep, combinations, groups, lanes
 from knife_jax.wandb_log import WandbSettings
 
 Watcher = Callable[[Status], None]
@@ -70,6 +71,51 @@ def run(
         OSError: if `out` exists (unless resuming) or cannot be written.
         RunStoppedError: if the run was stopped by a signal; it says how to resume.
     """
+    options = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": seeds_per_batch, "devices": devices}
+    options |= {"chunk_rounds": chunk_rounds, "progress": progress, "out": out, "resume": resume, "saving": saving, "wandb": wandb}
+    (result,) = run_sweep(config, {}, **options).values()  # pyright: ignore[reportArgumentType]
+    return result
+
+
+def run_sweep(
+    config: Config | Mapping[str, Any] | str,
+    sweep: Sweep,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    seeds_per_batch: int | None = None,
+    devices: int | None = None,
+    chunk_rounds: int | None = None,
+    progress: Watcher | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    saving: Saving | None = None,
+    wandb: WandbSettings | None = None,
+) -> dict[str, RunResult]:
+    """Trains every combination of some numbers with all seeds, side by side in one compiled program.
+
+    Args:
+        config: a `Config`, a nested dict or a preset's name.
+        sweep: `{"section.field": values}`, of fields in `config.hyper`.
+        seeds: S, how many seeds each combination has.
+        first_seed: the first of them.
+        seeds_per_batch: how many lanes, each a combination with a seed, are trained side by side, at most.
+        devices: as in `run`, over lanes.
+        chunk_rounds: as in `run`.
+        progress: as in `run`.
+        out: as in `run`; every combination has its results in a directory of its own there.
+        resume: as in `run`.
+        saving: as in `run`.
+        wandb: as in `run`; the names of metrics begin with the combination's.
+
+    Returns:
+        The result of every combination by its label, such as `optimizer.learning_rate=0.0005`.
+
+    Raises:
+        ValueError: for what cannot be swept, with the reason; else as `run`.
+        OSError: as `run`.
+        RunStoppedError: as `run`.
+    """
     for name, count in {"seeds": seeds, "seeds_per_batch": seeds_per_batch, "devices": devices, "chunk_rounds": chunk_rounds}.items():
         if count is not None and count < 1:
             raise ValueError(f"{name}: at least 1, got {count}")
@@ -78,28 +124,37 @@ def run(
     if wandb is not None and wandb.mode != "disabled" and out is None:
         raise ValueError("wandb: needs a directory in out")
     config = resolve(config)
-    pieces = Pieces(make_program(config))
-    devices = choose_devices(seeds, seeds_per_batch, devices)
-    width = batch_width(seeds, seeds_per_batch, devices)
+    pieces, chosen = Pieces(make_program(config)), combinations(config, sweep)
+    total = len(chosen) * seeds
+    devices = choose_devices(total, seeds_per_batch, devices)
+    width = batch_width(total, seeds_per_batch, devices)
     setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width, "devices": devices}
-    recording = (saving or Saving(), wandb or WandbSettings())
-    directory = RunDirectory(Path(out), pieces, setting, *recording, resume) if out is not None else None
-    batches = [Batch(seed_keys(width, first_seed + first), min(width, seeds - first)) for first in range(0, seeds, width)]
+    setting |= {"sweep": {name: list(values) for name, values in sweep.items()}} if sweep else {}
+    batches = _batches(chosen, seeds, first_seed, width)
+    directory = None
+    if out is not None:
+        named = [groups(chosen, seeds, index * width, batch.kept) for index, batch in enumerate(batches)]
+        if not sweep and len(batches) > 1:
+            named = [[(f"batch_{index + 1}", part) for _, part in parts] for index, parts in enumerate(named)]
+        directory = RunDirectory(Path(out), pieces, setting, saving or Saving(), wandb or WandbSettings(), named, resume)
     started = time.perf_counter()
-    compiled = compile_pieces(pieces, seed_keys(width), {}, seeds_mesh(devices))
+    compiled = compile_pieces(pieces, batches[0].keys, batches[0].swept, seeds_mesh(devices))
     compiled_at = time.perf_counter()
     loop = Loop(compiled, batches, Pace(chunk_rounds), on_status=progress or (lambda status: None))
 
-    def result_of(learned: Sequence[Learned], seconds: float) -> RunResult:
+    def results_of(learned: Sequence[Learned], seconds: float) -> dict[str, RunResult]:
         times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
-        return _result(pieces, learned, {**setting, **times, **environment_facts()})
+        provenance = {**setting, **times, **environment_facts()}
+        return _results(pieces, chosen, seeds, learned, provenance)
 
     if directory is None:
-        return result_of(loop.run(), time.perf_counter() - compiled_at)
-    return _recorded(loop, directory, result_of)
+        return results_of(loop.run(), time.perf_counter() - compiled_at)
+    return _recorded(loop, directory, results_of)
 
 
-def _recorded(loop: Loop, directory: RunDirectory, result_of: Callable[[Sequence[Learned], float], RunResult]) -> RunResult:
+def _recorded(
+    loop: Loop, directory: RunDirectory, results_of: Callable[[Sequence[Learned], float], dict[str, RunResult]]
+) -> dict[str, RunResult]:
     """Runs a loop with logs, checkpoints and signals, and writes what it leaves."""
     watch = loop.on_status
 
@@ -112,11 +167,11 @@ def _recorded(loop: Loop, directory: RunDirectory, result_of: Callable[[Sequence
         start = directory.start(loop.compiled.carry)
         with directory.interruptions:
             learned = loop.run(start)
-        result = result_of(learned, directory.seconds)
-        directory.finish(result)
+        finished = results_of(learned, directory.seconds)
+        directory.finish(finished)
     finally:
         directory.close()
-    return result
+    return finished
 
 
 def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None) -> int:
@@ -142,17 +197,31 @@ def batch_width(seeds: int, seeds_per_batch: int | None, devices: int = 1) -> in
     return devices * -(-seeds // (batches * devices))
 
 
-def _result(pieces: Pieces, learned: Sequence[Learned], provenance: dict[str, Any]) -> RunResult:
-    """The batches side by side."""
+def _batches(chosen: Sequence[Combination], seeds: int, first_seed: int, width: int) -> list[Batch]:
+    """All lanes in batches of one width; the last is filled up with the first lanes."""
+    total = len(chosen) * seeds
+    batches = []
+    for first in range(0, total, width):
+        numbers, swept = lanes(chosen, seeds, np.arange(first, first + width) % total)
+        batches.append(Batch(jax.vmap(jax.random.key)(first_seed + numbers), min(width, total - first), swept))
+    return batches
+
+
+def _results(
+    pieces: Pieces, chosen: Sequence[Combination], seeds: int, learned: Sequence[Learned], provenance: dict[str, Any]
+) -> dict[str, RunResult]:
+    """The batches side by side, cut into combinations."""
     program = pieces.program
     tasks = program.networks.tasks
-
-    def join(*batches: np.ndarray) -> np.ndarray:
-        return np.concatenate(batches)
-
-    metrics, variables, report = jax.tree.map(join, *learned)
-    metrics["env_steps"] = program.plan.env_steps_at_evaluations(len(tasks.order)).reshape(-1)
-    return RunResult(program.config, metrics, tasks.names, tasks.order, variables, report, provenance)
+    whole = jax.tree.map(lambda *batches: np.concatenate(batches), *learned)
+    env_steps = program.plan.env_steps_at_evaluations(len(tasks.order)).reshape(-1)
+    finished = {}
+    for index, combination in enumerate(chosen):
+        own: Learned = jax.tree.map(lambda leaf, index=index: leaf[index * seeds : (index + 1) * seeds], whole)
+        metrics = {**own.metrics, "env_steps": env_steps}
+        facts = (tasks.names, tasks.order, own.variables, own.report, provenance)
+        finished[combination.label] = RunResult(combination.config, metrics, *facts)
+    return finished
 
 
 def describe_plan(config: Config, seeds: int) -> str:

@@ -62,11 +62,10 @@ class WandbLog:
         settings: what and where.
         directory: of the run; the client's files go there too.
         config: shown as the run's configuration.
-        num_batches: of seeds; with several, the metrics of each have a prefix of their own, for they come one after the other.
     """
 
-    def __init__(self, settings: WandbSettings, directory: Path, config: Mapping[str, Any], num_batches: int) -> None:
-        self._settings, self._directory, self._config, self._num_batches = settings, directory, dict(config), num_batches
+    def __init__(self, settings: WandbSettings, directory: Path, config: Mapping[str, Any]) -> None:
+        self._settings, self._directory, self._config = settings, directory, dict(config)
         self._name = settings.name or directory.name
         self._state = _read_state(directory) or {"id": uuid.uuid4().hex[:12], "logged": 0}
         self._run: Any = None
@@ -84,20 +83,22 @@ class WandbLog:
                 self._state["logged"] = index + 1
         self._write_state()
 
-    def finish(self, result: RunResult) -> None:
+    def finish(self, results: Mapping[str, RunResult]) -> None:
         """Ends the run, and writes those of the seeds."""
         self.close(0)
         if self._settings.per_seed:
-            for seed in range(len(result.metrics["rounds"])):
-                self._write_seed(result, seed)
+            for index, (label, result) in enumerate(results.items()):
+                for seed in range(len(result.metrics["rounds"])):
+                    self._write_seed(index, label, result, seed)
 
-    def _write_seed(self, result: RunResult, seed: int) -> None:
+    def _write_seed(self, index: int, label: str, result: RunResult, seed: int) -> None:
         """A run of one seed's own curves."""
         number, env_steps = result.provenance["first_seed"] + seed, result.metrics["env_steps"]
-        run = self._start(f"{self._state['id']}-{number}", f"{self._name}-seed{number}", "seed", {**self._config, "seed": number})
+        name = "-".join(part for part in (self._name, label, f"seed{number}") if part)
+        run = self._start(f"{self._state['id']}-{index}-{number}", name, "seed", {**self._config, "seed": number, "group": label})
         curves = {name: values[seed] for name, values in result.metrics.items() if values.shape[1:] == env_steps.shape}
-        for index, steps in enumerate(env_steps):
-            run.log({"env_steps": int(steps), **_finite({name: values[index] for name, values in curves.items()})}, step=index)
+        for step, steps in enumerate(env_steps):
+            run.log({"env_steps": int(steps), **_finite({name: values[step] for name, values in curves.items()})}, step=step)
         run.finish(exit_code=0)
 
     def close(self, exit_code: int) -> None:
@@ -129,9 +130,12 @@ class WandbLog:
         return run
 
     def _content(self, evaluation: Evaluation) -> dict[str, Any]:
-        """Means over seeds under the metrics' names, intervals beside them; `task/begins` marks the boundaries."""
+        """Means over seeds under the metrics' names, intervals beside them; `task/begins` marks the boundaries.
+
+        The names of what is one group among several begin with the group's.
+        """
         counters = evaluation.counters
-        prefix = f"batch_{evaluation.batch + 1}/" if self._num_batches > 1 else ""
+        prefix = f"{evaluation.group}/" if evaluation.group else ""
         content: dict[str, Any] = {
             "env_steps": evaluation.env_steps,
             "updates": counters["updates"],

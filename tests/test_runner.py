@@ -109,7 +109,6 @@ from knife_jax import runner
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
 from knife_jax.config import resolve
-from knife_jax.loop import Batch, Loop
 from knife_jax.program import make_program
 from knife_jax.run_directory import Saving
 
