@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args, get_type_hints
@@ -28,6 +28,7 @@ from knife_jax.presets import PRESETS, preset_config
 from knife_jax.program import make_program
 from knife_jax.progress import ProgressLine
 from knife_jax.run_directory import Saving, read_run_file
+from knife_jax.run_result import RunResult
 from knife_jax.statistics import mean_estimate
 from knife_jax.sweep import parse_sweep
 from knife_jax.wandb_log import WandbSettings
@@ -74,6 +75,9 @@ class TrainArguments:
 class CompareArguments:
     """Trains several cures on the same seeds, one after the other, and compares them with the first.
 
+    With directories of finished runs in the place of flags (`knife-jax compare RUN RUN... --out DIR`) those are compared, and nothing is
+    trained.
+
     Writes comparison.json, comparison.png and the files of `train` for every method into a new directory, once all is done.
     """
 
@@ -90,6 +94,16 @@ class CompareArguments:
     out: Path | None = None
     """The new directory for results; runs/<preset>-compare-<date>-<time> if not given."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class CompareRunsArguments:
+    """Compares finished runs, seed by seed, with the first of them."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs with the same tasks, evaluations and seeds."""
+    out: Path | None = None
+    """A new directory for comparison.json and comparison.png; none are written if not given."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +197,15 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def compare_command(arguments: Sequence[str]) -> int:
-    """`knife-jax compare`: every method in turn, then the table, the differences and the files."""
+    """`knife-jax compare`: every method in turn, or runs that are done; then the table, the differences and the files."""
+    if arguments and not arguments[0].startswith("-"):
+        return _compare_runs(arguments)
     parsed = parse(CompareArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-compare-{time.strftime('%Y%m%d-%H%M%S')}"
     configs = comparing.method_configs(parsed.fields, parsed.methods)
     for config in configs.values():
         make_program(config)  # refuses what cannot be run before the first hour is spent
-    env, tasks = make_game(parsed.fields)
+    env, _ = make_game(parsed.fields)
     console, runs = _console(), {}
     with results.new_directory(out) as unfinished:
         for method, config in configs.items():
@@ -199,11 +215,30 @@ def compare_command(arguments: Sequence[str]) -> int:
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
         comparing.write(runs, unfinished, env.reports_wins)
-    comparison = comparing.compare(runs, env.reports_wins)
-    console.print(comparing.as_table(comparison, [tasks.names[task] for task in tasks.order]))
-    console.print("\n".join(comparison.sentences), soft_wrap=True)
+    _print_comparison(console, runs, env.reports_wins)
     console.print(f"results in {out}", soft_wrap=True)
     return 0
+
+
+def _compare_runs(arguments: Sequence[str]) -> int:
+    """`knife-jax compare RUN...`: finished runs, from their files."""
+    parsed = tyro.cli(CompareRunsArguments, args=list(arguments), prog="knife-jax compare", use_underscores=True)
+    runs = comparing.load_runs(parsed.runs)
+    reports_wins = make_game(next(iter(runs.values())).config)[0].reports_wins
+    if parsed.out is not None:
+        with results.new_directory(parsed.out) as unfinished:
+            comparing.write_comparison(runs, unfinished, reports_wins)
+    _print_comparison(_console(), runs, reports_wins)
+    return 0
+
+
+def _print_comparison(console: Console, runs: Mapping[str, RunResult], reports_wins: bool) -> None:
+    first = next(iter(runs.values()))
+    comparison = comparing.compare(runs, reports_wins)
+    console.print(comparing.as_table(comparison, [first.task_names[task] for task in first.task_order]))
+    console.print("\n".join(comparison.sentences), soft_wrap=True)
+    for method, chance in comparison.improvement.items():
+        console.print(f"a seed of {method} does better than one of {next(iter(runs))} with probability {chance}", soft_wrap=True)
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:

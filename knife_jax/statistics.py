@@ -54,6 +54,29 @@ def mean_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
     return _bootstrap(values, np.mean)
 
 
+def probability_of_improvement(better: Float[np.ndarray, "S"], worse: Float[np.ndarray, "Z"]) -> Estimate:
+    """The chance that a random seed of the first does better than a random seed of the second, ties counting half.
+
+    The interval is a percentile bootstrap's over both; it needs two seeds of each, and is NaN otherwise.
+
+    References:
+        Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
+    """
+
+    def chance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        difference = np.sign(first[..., :, None] - second[..., None, :])
+        return np.asarray(0.5 + 0.5 * difference.mean(axis=(-2, -1)))
+
+    point = float(chance(better, worse))
+    if min(len(better), len(worse)) < 2:
+        return Estimate(point, np.nan, np.nan)
+    rng = np.random.default_rng(0)
+    draws = [values[rng.integers(len(values), size=(_RESAMPLES, len(values)))] for values in (better, worse)]
+    drawn = np.concatenate([chance(*parts) for parts in zip(*(np.array_split(draw, 100) for draw in draws), strict=True)])
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(point, float(low), float(high))
+
+
 def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
     kept = np.asarray(values, np.float64)[np.isfinite(values)]
     if kept.size == 0:
