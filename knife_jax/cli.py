@@ -1,29 +1,37 @@
-"""The command line: `knife-jax train`, `knife-jax compare` and `knife-jax list`."""
+"""The command line: `knife-jax train`, `compare`, `evaluate`, `watch` and `list`."""
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar, get_args, get_type_hints
 
 import jax
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from envs.registry import GAMES
 from knife_jax import compare as comparing
+from knife_jax import policy as policies
 from knife_jax import results, runner
+from knife_jax import watch as watching
+from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
-from knife_jax.plan import Plan, make_game
+from knife_jax.interrupts import RunStoppedError
+from knife_jax.plan import make_game
 from knife_jax.plasticity.registry import METHODS
 from knife_jax.presets import PRESETS, preset_config
 from knife_jax.program import make_program
-from knife_jax.train import Callback
+from knife_jax.progress import ProgressLine
+from knife_jax.run_directory import Saving, read_run_file
+from knife_jax.run_result import RunResult
+from knife_jax.statistics import mean_estimate
+from knife_jax.sweep import parse_sweep
+from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
 
@@ -32,7 +40,8 @@ DEFAULT_PRESET = "matrix_drift"
 class TrainArguments:
     """Trains one configuration for many seeds in one compiled program.
 
-    Writes metrics.npz, config.yaml, summary.json and learning_curve.png into a new directory, once all is done.
+    Writes checkpoints into a new directory on the way, and metrics.npz, config.yaml, summary.json and learning_curve.png once all is done.
+    Ctrl-C saves and stops, a second one leaves at once; --resume goes on.
     """
 
     preset: str = DEFAULT_PRESET
@@ -43,14 +52,31 @@ class TrainArguments:
     """How many seeds, trained side by side."""
     first_seed: int = 0
     """The first of them."""
+    sweep: tuple[str, ...] = ()
+    """Numbers trained side by side with the seeds, every combination of them: optimizer.learning_rate=1e-4,5e-4 learner.gamma=0.9,0.99"""
+    seeds_per_batch: int | None = None
+    """At most so many side by side, where they do not all fit into memory; the batches follow one another."""
+    devices: int | None = None
+    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given."""
+    chunk_rounds: int | None = None
+    """Rounds between two looks at the clock, the log and signals; as many as last about two seconds if not given. Changes no result."""
     out: Path | None = None
     """The new directory for results; runs/<preset>-<date>-<time> if not given."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint; what else is given must be what it was started with."""
+    saving: Saving = field(default_factory=Saving)
+    """Checkpoints."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    """Weights & Biases."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
 class CompareArguments:
     """Trains several cures on the same seeds, one after the other, and compares them with the first.
+
+    With directories of finished runs in the place of flags (`knife-jax compare RUN RUN... --out DIR`) those are compared, and nothing is
+    trained.
 
     Writes comparison.json, comparison.png and the files of `train` for every method into a new directory, once all is done.
     """
@@ -70,13 +96,59 @@ class CompareArguments:
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
+@dataclass(frozen=True)
+class CompareRunsArguments:
+    """Compares finished runs, seed by seed, with the first of them."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs with the same tasks, evaluations and seeds."""
+    out: Path | None = None
+    """A new directory for comparison.json and comparison.png; none are written if not given."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Plays complete greedy episodes of every task with what a run learned."""
+
+    path: tyro.conf.Positional[Path]
+    """The directory of a finished run."""
+    episodes: int = 100
+    """Episodes of each task, for every seed."""
+    seed: int | None = None
+    """Whose agents; those of all seeds if not given."""
+    first_key: int = 0
+    """Another number gives other episodes."""
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Draws what a run learned: an episode, or the values of a matrix game."""
+
+    path: tyro.conf.Positional[Path]
+    """The directory of a finished run."""
+    out: Path | None = None
+    """A .gif, .mp4 or .png (a strip of moments); watch.gif in the run's directory, for matrix games watch.png, if not given."""
+    seed: int | None = None
+    """Whose agents; the first seed's if not given."""
+    task: str | None = None
+    """The task's name; the first one if not given."""
+    key: int = 0
+    """Another number gives another episode."""
+
+
 Arguments = TypeVar("Arguments", TrainArguments, CompareArguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for what the user must mend)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train_command, "compare": compare_command, "list": list_command}
+    commands = {
+        "train": train_command,
+        "compare": compare_command,
+        "evaluate": evaluate_command,
+        "watch": watch_command,
+        "list": list_command,
+    }
     if not given or given[0] not in commands:
         wants_help = bool(given) and given[0] in ("-h", "--help")
         stream = sys.stdout if wants_help else sys.stderr
@@ -85,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given and not wants_help:
             print(f"\nunknown command {given[0]!r}", file=sys.stderr)
         return 0 if wants_help else 2
+    keep_compiled_programs()
     try:
         return commands[given[0]](given[1:])
     except (ValueError, OSError, ImportError) as error:
@@ -93,64 +166,107 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_command(arguments: Sequence[str]) -> int:
-    """`knife-jax train`: parse, train with a progress line, print the table, write the files."""
+    """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan, text = runner.describe_plan(parsed.fields, parsed.seeds)
-    env, tasks = make_game(parsed.fields)
+    reports_wins = make_game(parsed.fields)[0].reports_wins
     console = _console()
-    console.print(text)
-    # The directory is opened first, so that one that cannot be written is found before hours of work, not after.
-    with results.new_directory(out) as unfinished:
-        with _progress_line(console) as line:
-            watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
-            result = runner.run(parsed.fields, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
-        results.write(result, unfinished, env.reports_wins)
-    summary = results.summarise(result, env.reports_wins)
-    console.print(results.as_table(summary))
-    if summary.plasticity_loss:
-        console.print(summary.plasticity_loss)
-    compiling, running = result.provenance["compile_seconds"], result.provenance["run_seconds"]
-    console.print(f"compiled in {compiling:.0f} s, ran in {running:.0f} s; results in {out}", soft_wrap=True)
+    console.print(runner.describe_plan(parsed.fields, parsed.seeds))
+    options = {
+        name: getattr(parsed, name)
+        for name in ("seeds", "first_seed", "seeds_per_batch", "devices", "chunk_rounds", "resume", "saving", "wandb")
+    }
+    sweep = parse_sweep(parsed.sweep)
+    lanes = parsed.seeds * math.prod(len(values) for values in sweep.values())
+    devices = runner.choose_devices(lanes, parsed.seeds_per_batch, parsed.devices)
+    width = runner.batch_width(lanes, parsed.seeds_per_batch, devices)
+    try:
+        with ProgressLine(console, parsed.fields, lanes, width) as line:
+            finished = runner.run_sweep(parsed.fields, sweep, progress=line, out=out, **options)
+    except RunStoppedError as stopped:
+        print(f"knife-jax: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    for label, result in finished.items():
+        summary = results.summarise(result, reports_wins)
+        console.print(*([label] if label else []), results.as_table(summary), sep="\n")
+        if summary.plasticity_loss:
+            console.print(summary.plasticity_loss)
+    took = next(iter(finished.values())).provenance
+    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s; results in {out}", soft_wrap=True)
     return 0
 
 
 def compare_command(arguments: Sequence[str]) -> int:
-    """`knife-jax compare`: every method in turn, then the table, the differences and the files."""
+    """`knife-jax compare`: every method in turn, or runs that are done; then the table, the differences and the files."""
+    if arguments and not arguments[0].startswith("-"):
+        return _compare_runs(arguments)
     parsed = parse(CompareArguments, arguments)
     out = parsed.out or Path("runs") / f"{parsed.preset}-compare-{time.strftime('%Y%m%d-%H%M%S')}"
     configs = comparing.method_configs(parsed.fields, parsed.methods)
     for config in configs.values():
         make_program(config)  # refuses what cannot be run before the first hour is spent
-    env, tasks = make_game(parsed.fields)
+    env, _ = make_game(parsed.fields)
     console, runs = _console(), {}
     with results.new_directory(out) as unfinished:
         for method, config in configs.items():
-            plan, text = runner.describe_plan(config, parsed.seeds)
-            console.print(text)
-            with _progress_line(console) as line:
-                watch = _watcher(line, plan, len(tasks.order), "won" if env.reports_wins else "return")
-                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=watch)
+            console.print(runner.describe_plan(config, parsed.seeds))
+            with ProgressLine(console, config, parsed.seeds, parsed.seeds) as line:
+                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=line)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
         comparing.write(runs, unfinished, env.reports_wins)
-    comparison = comparing.compare(runs, env.reports_wins)
-    console.print(comparing.as_table(comparison, [tasks.names[task] for task in tasks.order]))
-    console.print("\n".join(comparison.sentences), soft_wrap=True)
+    _print_comparison(console, runs, env.reports_wins)
     console.print(f"results in {out}", soft_wrap=True)
     return 0
 
 
-def _watcher(line: Progress, plan: Plan, num_tasks: int, measure: str) -> Callback:
-    """Moves the progress line at every evaluation."""
-    job = line.add_task("compiling", total=num_tasks * (plan.evaluations_per_task + 1), news="")
+def _compare_runs(arguments: Sequence[str]) -> int:
+    """`knife-jax compare RUN...`: finished runs, from their files."""
+    parsed = tyro.cli(CompareRunsArguments, args=list(arguments), prog="knife-jax compare", use_underscores=True)
+    runs = comparing.load_runs(parsed.runs)
+    reports_wins = make_game(next(iter(runs.values())).config)[0].reports_wins
+    if parsed.out is not None:
+        with results.new_directory(parsed.out) as unfinished:
+            comparing.write_comparison(runs, unfinished, reports_wins)
+    _print_comparison(_console(), runs, reports_wins)
+    return 0
 
-    def on_evaluation(event: dict[str, np.ndarray]) -> None:
-        position, updates = int(np.ravel(event["position"])[0]), int(np.ravel(event["updates"])[0])
-        news = f"{measure} {np.mean(event[f'eval/{measure}']):.2f}, {updates:,} updates"
-        line.update(job, advance=1, description=f"task {position + 1}/{num_tasks}", news=news)
 
-    return on_evaluation
+def _print_comparison(console: Console, runs: Mapping[str, RunResult], reports_wins: bool) -> None:
+    first = next(iter(runs.values()))
+    comparison = comparing.compare(runs, reports_wins)
+    console.print(comparing.as_table(comparison, [first.task_names[task] for task in first.task_order]))
+    console.print("\n".join(comparison.sentences), soft_wrap=True)
+    for method, chance in comparison.improvement.items():
+        console.print(f"a seed of {method} does better than one of {next(iter(runs))} with probability {chance}", soft_wrap=True)
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """`knife-jax evaluate`: a table of return, success and length on every task."""
+    parsed = tyro.cli(EvaluateArguments, args=list(arguments), prog="knife-jax evaluate", use_underscores=True)
+    played = policies.evaluate(parsed.path, parsed.episodes, parsed.seed, parsed.first_key)
+    seeds, episodes = next(iter(played.values()))["return"].shape
+    over = f"{seeds} seeds, {episodes} episodes each" if seeds > 1 else f"{episodes} episodes"
+    table = Table("task", title=f"Greedy play: mean over {over}, 95 % intervals", title_justify="left")
+    measures = ("return", "won", "length")
+    for measure in measures:
+        table.add_column(measure, justify="right")
+    for task, metrics in played.items():
+        values = {name: metrics[name].mean(axis=1) if seeds > 1 else metrics[name][0] for name in measures}
+        table.add_row(task, *(str(mean_estimate(values[name])) for name in measures))
+    _console().print(table)
+    return 0
+
+
+def watch_command(arguments: Sequence[str]) -> int:
+    """`knife-jax watch`: one picture of what a run learned."""
+    parsed = tyro.cli(WatchArguments, args=list(arguments), prog="knife-jax watch", use_underscores=True)
+    policy = policies.load_policy(parsed.path, parsed.seed)
+    is_table = policy.config.env.name.split("/")[0] == "matrix"
+    out = parsed.out or parsed.path / ("watch.png" if is_table else "watch.gif")
+    said = watching.watch(policy, out, policies.task_index(policy, parsed.task), jax.random.key(parsed.key))
+    print(f"{said}: {out}")
+    return 0
 
 
 def parse(kind: type[Arguments], arguments: Sequence[str]) -> Arguments:
@@ -160,21 +276,39 @@ def parse(kind: type[Arguments], arguments: Sequence[str]) -> Arguments:
         ValueError: for an unknown preset or bad fields.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=DEFAULT_PRESET)
+    first.add_argument("--preset")
     first.add_argument("--config", type=Path)
+    first.add_argument("--out", type=Path)
+    first.add_argument("--resume", action="store_true")
     named, _ = first.parse_known_args(arguments)
-    base = preset_config(named.preset)
+    default = kind(preset=named.preset or DEFAULT_PRESET, config=named.config)
+    if kind is TrainArguments and named.resume:
+        default = _resumed(default, named.out, is_named=bool(named.preset or named.config))
+    else:
+        default = replace(default, fields=preset_config(default.preset))
+    base = default.fields
     if named.config is not None:
         base = Config.from_yaml(named.config, base)
     if any(word.split("=")[0] == "--env.name" for word in arguments):
         base = Config.from_dict({"env": {"name": base.env.name}}, base)  # another game leaves the preset's scenario behind
-    default = kind(preset=named.preset, config=named.config, fields=base)
+    default = replace(default, fields=base)
     command = "train" if kind is TrainArguments else "compare"
     parsed = tyro.cli(kind, args=list(arguments), default=default, prog=f"knife-jax {command}", use_underscores=True)
     parsed = replace(parsed, fields=Config.from_dict(parsed.fields.to_dict()))  # what only the whole configuration can be checked for
     if parsed.seeds < 1:
         raise ValueError(f"--seeds: at least 1, got {parsed.seeds}")
     return parsed
+
+
+def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
+    """Arguments as those of the run in `out`; its configuration comes from there unless a preset or a file is named."""
+    if out is None:
+        raise ValueError("--resume: needs --out, the directory of the run to go on with")
+    saved = read_run_file(out)
+    config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
+    if sweep := saved.get("sweep"):
+        default = replace(default, sweep=tuple(f"{name}={','.join(map(str, values))}" for name, values in sweep.items()))
+    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch", "devices")})
 
 
 def list_command(arguments: Sequence[str]) -> int:
@@ -197,19 +331,6 @@ def _console() -> Console:
     """A console wide enough for the tables where there is no terminal to ask."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
-
-
-def _progress_line(console: Console) -> Progress:
-    """One line that moves on a terminal; nothing where there is none."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[news]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

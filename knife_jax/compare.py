@@ -16,8 +16,8 @@ from rich.table import Table
 from knife_jax import continual, results
 from knife_jax.config import Config, parse_yaml
 from knife_jax.results import FEWEST_SEEDS, curves_of
-from knife_jax.runner import RunResult
-from knife_jax.statistics import Estimate, mean_estimate
+from knife_jax.run_result import RunResult
+from knife_jax.statistics import Estimate, mean_estimate, probability_of_improvement
 
 
 class Comparison(NamedTuple):
@@ -27,6 +27,7 @@ class Comparison(NamedTuple):
         measure: `success` or `return`.
         final: `{method: one estimate per position}`.
         against: `{method: estimate of the paired difference to the first method, averaged over the tasks after the first}`.
+        improvement: `{method: the chance that a seed of it does better there than one of the first method}`.
         sentences: the same in words.
         seeds: S.
     """
@@ -34,6 +35,7 @@ class Comparison(NamedTuple):
     measure: str
     final: dict[str, tuple[Estimate, ...]]
     against: dict[str, Estimate]
+    improvement: dict[str, Estimate]
     sentences: tuple[str, ...]
     seeds: int
 
@@ -62,6 +64,32 @@ def method_configs(base: Config, methods: Sequence[str]) -> dict[str, Config]:
     return configs
 
 
+def load_runs(paths: Sequence[Path]) -> dict[str, RunResult]:
+    """Finished runs by the names of their directories, which are compared with the first.
+
+    Raises:
+        ValueError: for less than two, one without results, or one that has other tasks, evaluations or seeds than the first.
+    """
+    if len(set(paths)) < max(2, len(paths)):
+        raise ValueError(f"comparing takes two runs or more, each once; got {', '.join(map(str, paths))}")
+    names = [path.resolve().name for path in paths]
+    runs = {name if names.count(name) == 1 else str(path): results.load(path) for name, path in zip(names, paths, strict=True)}
+    (first, reference), *others = runs.items()
+    for name, run in others:
+        for what in ("tasks", "evaluations", "seeds"):
+            there, here = _common(reference)[what], _common(run)[what]
+            if there != here:
+                raise ValueError(f"{name} has other {what} than {first}: {here} there, {there} in the first")
+    return runs
+
+
+def _common(run: RunResult) -> dict[str, Any]:
+    """What runs must share to be compared seed by seed."""
+    first, count = run.provenance["first_seed"], len(run.metrics["eval/return"])
+    tasks = [run.task_names[task] for task in run.task_order]
+    return {"tasks": tasks, "evaluations": run.metrics["eval/return"].shape[1], "seeds": f"{first} to {first + count - 1}"}
+
+
 def compare(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Comparison:
     """Compares runs that share seeds and tasks.
 
@@ -75,9 +103,10 @@ def compare(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Compari
     later = {method: values[:, min(1, values.shape[1] - 1) :].mean(axis=1) for method, values in final.items()}
     against = {method: mean_estimate(later[method] - later[reference]) for method in others}
     seeds = len(final[reference])
+    improvement = {method: probability_of_improvement(later[method], later[reference]) for method in others}
     sentences = tuple(_sentence(method, reference, difference, seeds) for method, difference in against.items())
     estimates = {method: tuple(mean_estimate(column) for column in values.T) for method, values in final.items()}
-    return Comparison("success" if reports_wins else "return", estimates, against, sentences, seeds)
+    return Comparison("success" if reports_wins else "return", estimates, against, improvement, sentences, seeds)
 
 
 def _sentence(method: str, reference: str, difference: Estimate, seeds: int) -> str:
@@ -143,11 +172,16 @@ def plot(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Figure:
 
 def write(runs: Mapping[str, RunResult], directory: Path, reports_wins: bool = True) -> None:
     """Writes `comparison.json`, `comparison.png` and a directory per method into a directory that exists."""
-    comparison = compare(runs, reports_wins)
     for index, (method, run) in enumerate(runs.items()):
         own = directory / f"{index}-{''.join(letter if letter.isalnum() or letter in '_+' else '-' for letter in method)[:40]}"
         own.mkdir()
         results.write(run, own, reports_wins)
+    write_comparison(runs, directory, reports_wins)
+
+
+def write_comparison(runs: Mapping[str, RunResult], directory: Path, reports_wins: bool = True) -> None:
+    """Writes `comparison.json` and `comparison.png` into a directory that exists."""
+    comparison = compare(runs, reports_wins)
     (directory / "comparison.json").write_text(json.dumps(_as_json(comparison), indent=2) + "\n")
     plot(runs, reports_wins).savefig(directory / "comparison.png", dpi=120)
 
@@ -158,5 +192,6 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
         "seeds": comparison.seeds,
         "final": {method: [results.plain(estimate) for estimate in estimates] for method, estimates in comparison.final.items()},
         "against_first": {method: results.plain(difference) for method, difference in comparison.against.items()},
+        "probability_of_improvement": {method: results.plain(chance) for method, chance in comparison.improvement.items()},
         "sentences": list(comparison.sentences),
     }

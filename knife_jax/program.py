@@ -23,6 +23,10 @@ _CURE, _DIAGNOSIS = 2**31 - 1, 2**31 - 2
 """Folded into keys for what must not change the draws of a run without it; far from what splitting reaches."""
 
 
+Place = tuple[Int[Array, ""], Int[Array, ""]]
+"""An index into the order of tasks, and the distinct task met there."""
+
+
 class Counters(NamedTuple):
     """What schedules look at. Nothing here depends on the key, so that under `vmap` over seeds every `cond` stays a branch."""
 
@@ -39,6 +43,20 @@ class RunnerState(NamedTuple):
     counters: Counters
     key: PRNGKeyArray
     stagnant: diagnose.Masks
+
+
+class Period(NamedTuple):
+    """What is added up from one evaluation to the next, round by round, so that a period may be cut anywhere without changing a bit.
+
+    Attributes:
+        played: sums over the rounds of what collecting tells, but the last round's `epsilon`.
+        learned: sums over the gradient steps of what learning tells.
+        updates: gradient steps, the same for every seed.
+    """
+
+    played: Metrics
+    learned: Metrics
+    updates: Int[Array, ""]
 
 
 class Learning(NamedTuple):
@@ -105,18 +123,43 @@ class Program:
 
     def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Metrics]:
         """`plan.rounds_per_evaluation` rounds of collecting and learning, with `train/` metrics over them and `plasticity/` after them."""
-        updates = state.counters.updates
 
-        def one_round(state: RunnerState, _: None) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
-            return self._round(state, task, hyper)
+        def next_round(carry: tuple[RunnerState, Period], _: None) -> tuple[tuple[RunnerState, Period], None]:
+            return self.one_round(*carry, task, hyper), None
 
-        state, (played, learned) = jax.lax.scan(one_round, state, length=self.plan.rounds_per_evaluation)
-        metrics = _train_metrics(played, learned, state.counters.updates - updates)
-        metrics |= {f"cure/{name}": value for name, value in state.learner.report.items()}
+        start = (state, self.new_period(state, task, hyper))
+        (state, period), _ = jax.lax.scan(next_round, start, length=self.plan.rounds_per_evaluation)
+        return self.end_period(state, period, hyper)
+
+    def new_period(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> Period:
+        """Nothing added up yet."""
+        played, learned = jax.eval_shape(self._round, state, task, hyper)[1]
+        return Period(_blank(played), _blank(learned), jnp.zeros((), jnp.int32))
+
+    def one_round(self, state: RunnerState, period: Period, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Period]:
+        """One round of collecting and learning, and what it adds to the period."""
+        before = state.counters.updates
+        state, (played, learned) = self._round(state, task, hyper)
+        added = jax.tree.map(jnp.add, period.played, played)
+        period = Period(
+            {**added, "epsilon": played["epsilon"]},
+            jax.tree.map(jnp.add, period.learned, learned),
+            period.updates + state.counters.updates - before,
+        )
+        return state, period
+
+    def end_period(self, state: RunnerState, period: Period, hyper: Hyper) -> tuple[RunnerState, Metrics]:
+        """What a period comes to: `train/` metrics over it, `cure/` and `plasticity/` ones at its end."""
+        metrics = _train_metrics(period) | {f"cure/{name}": value for name, value in state.learner.report.items()}
         if not self._diagnoses:
             return state, metrics
         measures, stagnant = self._diagnose(jax.random.fold_in(state.key, _DIAGNOSIS), state, hyper)
         return state._replace(stagnant=stagnant), {**metrics, **measures}
+
+    def no_metrics(self, state: RunnerState, period: Period, hyper: Hyper) -> Metrics:
+        """What stands for the metrics of `end_period` before a task's first step: NaN."""
+        shapes = jax.eval_shape(self.end_period, state, period, hyper)[1]
+        return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
 
     def _diagnose(self, key: PRNGKeyArray, state: RunnerState, hyper: Hyper) -> tuple[Metrics, diagnose.Masks]:
         """What the hidden units are like; NaN before there is enough to learn from."""
@@ -238,18 +281,23 @@ def make_program(config: Config) -> Program:
     return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
 
 
+def make_row(state: RunnerState, place: Place, evaluated: Metrics, since_last: Metrics) -> Metrics:
+    """One evaluation's metrics: where in the run it was, what it found, and what the period before it came to."""
+    return {"position": place[0], "task": place[1], **state.counters._asdict(), **evaluated, **since_last}
+
+
 def _acting_on(collector: collect.CollectorState, acting: States) -> collect.CollectorState:
     """The collector with the memory that an intervention left."""
     actors = collector.actors
     return collector._replace(actors=actors._replace(hidden=acting.get(RECURRENT, actors.hidden)))
 
 
-def _train_metrics(played: Metrics, learned: Metrics, updates: Array) -> Metrics:
-    """Means over several rounds, of sums per round `[rounds]`."""
-    metrics = {name: values.sum() / updates for name, values in learned.items()}
-    episodes = played["episodes"].sum()
-    metrics |= {name: played[name].sum() / episodes for name in ("return", "won", "length")}
-    metrics |= {"episodes": episodes, "env_steps": played["env_steps"].sum(), "epsilon": played["epsilon"][-1]}
+def _train_metrics(period: Period) -> Metrics:
+    """Means over a period; NaN where there is nothing to average."""
+    played, episodes = period.played, period.played["episodes"]
+    metrics = {name: value / period.updates for name, value in period.learned.items()}
+    metrics |= {name: played[name] / episodes for name in ("return", "won", "length")}
+    metrics |= {name: played[name] for name in ("episodes", "env_steps", "epsilon")}
     return {f"train/{name}": value for name, value in metrics.items()}
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from knife_jax import continual
-from knife_jax.runner import RunResult
+from knife_jax import continual, policy
+from knife_jax.config import Config
+from knife_jax.plan import make_game
+from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate, iqm_estimate, mean_estimate
 
 FEWEST_SEEDS = 5
@@ -154,12 +157,31 @@ def save(result: RunResult, directory: str | Path, reports_wins: bool = True) ->
 
 
 def write(result: RunResult, directory: Path, reports_wins: bool = True) -> None:
-    """Writes `metrics.npz`, `config.yaml`, `summary.json` and `learning_curve.png` into a directory that exists."""
+    """Writes `metrics.npz`, `config.yaml`, `summary.json`, `learning_curve.png` and the policy into a directory that exists."""
     arrays = {name.replace("/", "."): values for name, values in result.metrics.items()}
     np.savez_compressed(directory / "metrics.npz", **arrays)  # pyright: ignore[reportArgumentType]
     (directory / "config.yaml").write_text(result.config.to_yaml())
     (directory / "summary.json").write_text(json.dumps(_as_json(result, reports_wins), indent=2) + "\n")
     plot_learning_curve(result, reports_wins).savefig(directory / "learning_curve.png", dpi=120)
+    policy.save(result, directory)
+
+
+def load(directory: str | Path) -> RunResult:
+    """Reads back what `write` wrote, but for the networks, which `policy.load_policy` loads.
+
+    Raises:
+        ValueError: if there are no results, or they are damaged.
+    """
+    directory = Path(directory)
+    try:
+        with np.load(directory / "metrics.npz") as arrays:
+            metrics = {name.replace(".", "/"): arrays[name] for name in arrays.files}
+        provenance = json.loads((directory / "summary.json").read_text())["provenance"]
+        config = Config.from_yaml(directory / "config.yaml")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"there are no results of a finished run in {directory}: {' '.join(str(error).split())}") from None
+    tasks = make_game(config)[1]
+    return RunResult(config, metrics, tasks.names, tasks.order, {}, {}, provenance)
 
 
 @contextlib.contextmanager

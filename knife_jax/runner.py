@@ -1,128 +1,236 @@
-"""The host's side of a run: seeds, compilation, progress, and what comes back as numpy arrays."""
+"""The host's side of a run: seeds in batches, compiled chunks with the host between them, and what comes back as numpy arrays.
 
-import platform
-import subprocess
+Shapes: S seeds, N evaluations, P positions in the order of tasks.
+"""
+
 import time
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
+from knife_jax.chunks import Pieces
+from knife_jax.compiled import compile_pieces, seeds_mesh
 from knife_jax.config import Config, resolve
-from knife_jax.plan import Plan, make_game, make_plan
-from knife_jax.train import Callback, make_train
+from knife_jax.loop import Batch, Learned, Loop, Status
+from knife_jax.pace import Pace
+from knife_jax.plan import make_game, make_plan
+from knife_jax.program import make_program
+from knife_jax.provenance import environment_facts
+from knife_jax.run_directory import RunDirectory, Saving
+from knife_jax.run_result import RunResult
+from knife_jax.sweep import Combination, Sweep, combinations, groups, lanes
+from knife_jax.wandb_log import WandbSettings
+
+Watcher = Callable[[Status], None]
 
 
-class RunResult(NamedTuple):
-    """A finished run.
-
-    Attributes:
-        config: the resolved configuration.
-        metrics: `{name: [S, ...]}`, see `make_train`; plus `env_steps` `[N]`, slots collected before each evaluation.
-        task_names: the distinct tasks.
-        task_order: the distinct task met at each position.
-        variables: `{"params": {"agent": ..., "mixer": ...}, "reserve": ...}` of the online networks, with the seed axis in front.
-        report: what the cure did over the whole run, `{"<layer>/<measure>": [S]}`; empty without one.
-        provenance: seeds, times, versions, device and code revision.
-    """
-
-    config: Config
-    metrics: dict[str, np.ndarray]
-    task_names: tuple[str, ...]
-    task_order: tuple[int, ...]
-    variables: Any
-    report: dict[str, np.ndarray]
-    provenance: dict[str, Any]
-
-
-def seed_keys(seeds: int, first_seed: int = 0) -> jax.Array:
+def seed_keys(seeds: int, first_seed: int = 0) -> Key[Array, "S"]:
     """One key per seed; seed 17 has the same key alone or among others."""
     return jax.vmap(jax.random.key)(np.arange(first_seed, first_seed + seeds))
 
 
-def run(config: Config | Mapping[str, Any] | str, *, seeds: int = 1, first_seed: int = 0, progress: Callback | None = None) -> RunResult:
-    """Trains all seeds in one compiled program.
+def run(
+    config: Config | Mapping[str, Any] | str,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    seeds_per_batch: int | None = None,
+    devices: int | None = None,
+    chunk_rounds: int | None = None,
+    progress: Watcher | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    saving: Saving | None = None,
+    wandb: WandbSettings | None = None,
+) -> RunResult:
+    """Trains all seeds in compiled chunks, with the numbers of `make_train` (bit for bit on a processor, for batches of the same size).
+
+    With a directory to write to, the run can be stopped (Ctrl-C or SIGTERM: once to save first, twice to leave at once) or killed, and
+    resumed to the same bits.
 
     Args:
         config: a `Config`, a nested dict or a preset's name.
         seeds: S, how many seeds.
         first_seed: the first of them.
-        progress: called after every evaluation with its metrics, each `[S]`.
+        seeds_per_batch: how many seeds are trained side by side, at most; the batches, as even as possible, follow one another through one
+            compiled program, and seeds that fill the last one up are thrown away. All of them if None.
+        devices: over how many devices the seeds are spread, each with as many; as many as there are (and no more than seeds) if None.
+        chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
+        progress: told what is new after every chunk and at every task's end.
+        out: a new directory for checkpoints while the run goes on, and results when it is done; None writes nothing.
+        resume: go on with the run that is in `out`, from its newest checkpoint that is whole.
+        saving: how often checkpoints are written, and how many stay.
+        wandb: what goes to Weights & Biases; it needs `out`.
 
     Raises:
-        ValueError: for a configuration that cannot be run, before anything compiles.
+        ValueError: for a configuration that cannot be run, or one that is not that of the run to resume, before anything compiles.
+        OSError: if `out` exists (unless resuming) or cannot be written.
+        RunStoppedError: if the run was stopped by a signal; it says how to resume.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds: at least 1, got {seeds}")
+    options = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": seeds_per_batch, "devices": devices}
+    options |= {"chunk_rounds": chunk_rounds, "progress": progress, "out": out, "resume": resume, "saving": saving, "wandb": wandb}
+    (result,) = run_sweep(config, {}, **options).values()  # pyright: ignore[reportArgumentType]
+    return result
+
+
+def run_sweep(
+    config: Config | Mapping[str, Any] | str,
+    sweep: Sweep,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    seeds_per_batch: int | None = None,
+    devices: int | None = None,
+    chunk_rounds: int | None = None,
+    progress: Watcher | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    saving: Saving | None = None,
+    wandb: WandbSettings | None = None,
+) -> dict[str, RunResult]:
+    """Trains every combination of some numbers with all seeds, side by side in one compiled program.
+
+    Args:
+        config: a `Config`, a nested dict or a preset's name.
+        sweep: `{"section.field": values}`, of fields in `config.hyper`.
+        seeds: S, how many seeds each combination has.
+        first_seed: the first of them.
+        seeds_per_batch: how many lanes, each a combination with a seed, are trained side by side, at most.
+        devices: as in `run`, over lanes.
+        chunk_rounds: as in `run`.
+        progress: as in `run`.
+        out: as in `run`; every combination has its results in a directory of its own there.
+        resume: as in `run`.
+        saving: as in `run`.
+        wandb: as in `run`; the names of metrics begin with the combination's.
+
+    Returns:
+        The result of every combination by its label, such as `optimizer.learning_rate=0.0005`.
+
+    Raises:
+        ValueError: for what cannot be swept, with the reason; else as `run`.
+        OSError: as `run`.
+        RunStoppedError: as `run`.
+    """
+    for name, count in {"seeds": seeds, "seeds_per_batch": seeds_per_batch, "devices": devices, "chunk_rounds": chunk_rounds}.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: at least 1, got {count}")
+    if resume and out is None:
+        raise ValueError("resume: needs the directory of the run in out")
+    if wandb is not None and wandb.mode != "disabled" and out is None:
+        raise ValueError("wandb: needs a directory in out")
     config = resolve(config)
-    train = make_train(config, callback=progress)
-    keys = seed_keys(seeds, first_seed)
+    pieces, chosen = Pieces(make_program(config)), combinations(config, sweep)
+    total = len(chosen) * seeds
+    devices = choose_devices(total, seeds_per_batch, devices)
+    width = batch_width(total, seeds_per_batch, devices)
+    setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width, "devices": devices}
+    setting |= {"sweep": {name: list(values) for name, values in sweep.items()}} if sweep else {}
+    batches = _batches(chosen, seeds, first_seed, width)
+    directory = None
+    if out is not None:
+        named = [groups(chosen, seeds, index * width, batch.kept) for index, batch in enumerate(batches)]
+        if not sweep and len(batches) > 1:
+            named = [[(f"batch_{index + 1}", part) for _, part in parts] for index, parts in enumerate(named)]
+        directory = RunDirectory(Path(out), pieces, setting, saving or Saving(), wandb or WandbSettings(), named, resume)
     started = time.perf_counter()
-    compiled = jax.jit(jax.vmap(train)).lower(keys).compile()
+    compiled = compile_pieces(pieces, batches[0].keys, batches[0].swept, seeds_mesh(devices))
     compiled_at = time.perf_counter()
-    out = jax.block_until_ready(compiled(keys))
-    jax.effects_barrier()
-    finished = time.perf_counter()
-    env, tasks = make_game(config)
-    metrics = {name: np.asarray(values) for name, values in out["metrics"].items()}
-    metrics["env_steps"] = make_plan(config, env).env_steps_at_evaluations(len(tasks.order)).reshape(-1)
-    provenance = {
-        "seeds": seeds,
-        "first_seed": first_seed,
-        "compile_seconds": round(compiled_at - started, 3),
-        "run_seconds": round(finished - compiled_at, 3),
-        **environment_facts(),
-    }
-    learned = out["runner_state"].learner
-    report = {name: np.asarray(values) for name, values in learned.report.items()}
-    return RunResult(config, metrics, tasks.names, tasks.order, learned.variables, report, provenance)
+    loop = Loop(compiled, batches, Pace(chunk_rounds), on_status=progress or (lambda status: None))
+
+    def results_of(learned: Sequence[Learned], seconds: float) -> dict[str, RunResult]:
+        times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
+        provenance = {**setting, **times, **environment_facts()}
+        return _results(pieces, chosen, seeds, learned, provenance)
+
+    if directory is None:
+        return results_of(loop.run(), time.perf_counter() - compiled_at)
+    return _recorded(loop, directory, results_of)
 
 
-def describe_plan(config: Config, seeds: int) -> tuple[Plan, str]:
-    """The plan of a run and one line about it for people."""
+def _recorded(
+    loop: Loop, directory: RunDirectory, results_of: Callable[[Sequence[Learned], float], dict[str, RunResult]]
+) -> dict[str, RunResult]:
+    """Runs a loop with logs, checkpoints and signals, and writes what it leaves."""
+    watch = loop.on_status
+
+    def on_status(status: Status) -> None:
+        directory.on_status(status)
+        watch(status)
+
+    loop.on_status, loop.after_chunk = on_status, directory.after_chunk
+    try:
+        start = directory.start(loop.compiled.carry)
+        with directory.interruptions:
+            learned = loop.run(start)
+        finished = results_of(learned, directory.seconds)
+        directory.finish(finished)
+    finally:
+        directory.close()
+    return finished
+
+
+def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None) -> int:
+    """Over how many devices the seeds are spread.
+
+    Raises:
+        ValueError: if more are asked for than there are, or than there are seeds side by side.
+    """
+    together = min(seeds, seeds_per_batch or seeds)
+    if devices is None:
+        return min(jax.device_count(), together)
+    if devices > jax.device_count():
+        raise ValueError(f"devices: there are {jax.device_count()}, not {devices}")
+    if devices > together:
+        raise ValueError(f"devices: {devices} are more than the {together} seeds that are trained side by side")
+    return devices
+
+
+def batch_width(seeds: int, seeds_per_batch: int | None, devices: int = 1) -> int:
+    """How many seeds are trained side by side: a multiple of the devices, at most `seeds_per_batch`, with as few left over as possible."""
+    most = -(-seeds // devices) if seeds_per_batch is None else max(1, min(seeds, seeds_per_batch) // devices)
+    batches = -(-seeds // (most * devices))
+    return devices * -(-seeds // (batches * devices))
+
+
+def _batches(chosen: Sequence[Combination], seeds: int, first_seed: int, width: int) -> list[Batch]:
+    """All lanes in batches of one width; the last is filled up with the first lanes."""
+    total = len(chosen) * seeds
+    batches = []
+    for first in range(0, total, width):
+        numbers, swept = lanes(chosen, seeds, np.arange(first, first + width) % total)
+        batches.append(Batch(jax.vmap(jax.random.key)(first_seed + numbers), min(width, total - first), swept))
+    return batches
+
+
+def _results(
+    pieces: Pieces, chosen: Sequence[Combination], seeds: int, learned: Sequence[Learned], provenance: dict[str, Any]
+) -> dict[str, RunResult]:
+    """The batches side by side, cut into combinations."""
+    program = pieces.program
+    tasks = program.networks.tasks
+    whole = jax.tree.map(lambda *batches: np.concatenate(batches), *learned)
+    env_steps = program.plan.env_steps_at_evaluations(len(tasks.order)).reshape(-1)
+    finished = {}
+    for index, combination in enumerate(chosen):
+        own: Learned = jax.tree.map(lambda leaf, index=index: leaf[index * seeds : (index + 1) * seeds], whole)
+        metrics = {**own.metrics, "env_steps": env_steps}
+        facts = (tasks.names, tasks.order, own.variables, own.report, provenance)
+        finished[combination.label] = RunResult(combination.config, metrics, *facts)
+    return finished
+
+
+def describe_plan(config: Config, seeds: int) -> str:
+    """One line about a run for people."""
     env, tasks = make_game(config)
     plan = make_plan(config, env)
     scenario = f"/{config.env.scenario}" if config.env.scenario else ""
     cure = "" if config.plasticity.name == "none" else f" with {config.plasticity.name}"
-    text = (
+    return (
         f"{config.learner.mixer}{cure} on {config.env.name}{scenario}: {seeds} seeds x {len(tasks.order)} tasks x "
         f"{plan.env_steps_per_task:,} env steps, {plan.evaluations_per_task + 1} evaluations per task"
     )
-    return plan, text
-
-
-def environment_facts() -> dict[str, Any]:
-    """What a result file must say about where it came from: versions, device, processor, code revision."""
-    packages = ("knife-jax", "jax", "jaxlib", "flax", "optax", "distrax", "jaxmarl", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "processor": platform.processor() or platform.machine(),
-        "revision": _revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """The git commit of this source tree, marked if it has uncommitted changes; None outside a checkout."""
-    package = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        is_ours = Path(git("rev-parse", "--show-toplevel")).resolve() == package.parent
-        return git("describe", "--always", "--dirty", "--abbrev=12") if is_ours else None
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -54,6 +54,29 @@ def mean_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
     return _bootstrap(values, np.mean)
 
 
+def probability_of_improvement(better: Float[np.ndarray, "S"], worse: Float[np.ndarray, "Z"]) -> Estimate:
+    """The chance that a random seed of the first does better than a random seed of the second, ties counting half.
+
+    The interval is a percentile bootstrap's over both; it needs two seeds of each, and is NaN otherwise.
+
+    References:
+        Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
+    """
+
+    def chance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        difference = np.sign(first[..., :, None] - second[..., None, :])
+        return np.asarray(0.5 + 0.5 * difference.mean(axis=(-2, -1)))
+
+    point = float(chance(better, worse))
+    if min(len(better), len(worse)) < 2:
+        return Estimate(point, np.nan, np.nan)
+    rng = np.random.default_rng(0)
+    draws = [values[rng.integers(len(values), size=(_RESAMPLES, len(values)))] for values in (better, worse)]
+    drawn = np.concatenate([chance(*parts) for parts in zip(*(np.array_split(draw, 100) for draw in draws), strict=True)])
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(point, float(low), float(high))
+
+
 def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
     kept = np.asarray(values, np.float64)[np.isfinite(values)]
     if kept.size == 0:
@@ -65,3 +88,18 @@ def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
         return Estimate(point, point, point)
     result = stats.bootstrap((kept,), statistic, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     return Estimate(point, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def normal_estimates(values: Float[np.ndarray, "M S"]) -> list[Estimate]:
+    """Means over seeds with normal intervals, of many metrics at once; for logs, where a bootstrap of each would take too long.
+
+    NaNs are left out. Fewer than two numbers have no interval.
+    """
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    count = finite.sum(axis=1)
+    mean = np.divide(np.where(finite, values, 0.0).sum(axis=1), count, out=np.full(len(values), np.nan), where=count > 0)
+    square = np.where(finite, (values - mean[:, None]) ** 2, 0.0).sum(axis=1)
+    error = np.sqrt(np.divide(square, count * (count - 1.0), out=np.full(len(values), np.nan), where=count > 1))
+    half = stats.norm.ppf(0.975) * error
+    return [Estimate(*map(float, numbers)) for numbers in zip(mean, mean - half, mean + half, strict=True)]

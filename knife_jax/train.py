@@ -15,7 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
-from knife_jax.program import Program, RunnerState, make_program
+from knife_jax.program import Place, Program, RunnerState, make_program, make_row
 
 Callback = Callable[[dict[str, np.ndarray]], None]
 Emit = Callable[[dict[str, Array]], Any]
@@ -62,7 +62,7 @@ def make_train(
     def train(key: PRNGKeyArray, hyper: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
         swept = merge_hyper(config, hyper)
 
-        def one_task(state: RunnerState, place: tuple[Array, Array]) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+        def one_task(state: RunnerState, place: Place) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
             return _train_on_task(program, state, place, swept, emit)
 
         state, (rows, everywhere) = jax.lax.scan(one_task, program.init(key, swept), (jnp.arange(len(order)), order))
@@ -75,26 +75,27 @@ def make_train(
 
 
 def _train_on_task(
-    program: Program, state: RunnerState, place: tuple[Array, Array], hyper: Hyper, emit: Emit | None
+    program: Program, state: RunnerState, place: Place, hyper: Hyper, emit: Emit | None
 ) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
     """One task from its first step to its end: rows `[per_task + 1]` on it, and greedy play of every task `[K]`.
 
     Evaluations come before the rounds that follow them, and the last one is part of that of all tasks, so that the program holds each of
     the two kinds of evaluation once.
     """
-    position, task = place
+    task = place[1]
 
     def one_period(carry: tuple[RunnerState, Metrics], _: None) -> tuple[tuple[RunnerState, Metrics], Metrics]:
         state, since_last = carry
         state, evaluated = program.evaluate(state, task)
-        row = _row(state, place, evaluated, since_last, emit)
+        row = _emitted(make_row(state, place, evaluated, since_last), emit)
         return program.train_rounds(state, task, hyper), row
 
     begun = program.begin_task(state, task, hyper)
-    nothing_yet = _nan_like(jax.eval_shape(program.train_rounds, begun, task, hyper)[1])
+    nothing_yet = program.no_metrics(begun, program.new_period(begun, task, hyper), hyper)
     (state, since_last), rows = jax.lax.scan(one_period, (begun, nothing_yet), length=program.plan.evaluations_per_task)
     state, everywhere = program.evaluate_all(state)
-    last = _row(state, (position, task), jax.tree.map(lambda values: values[task], everywhere), since_last, emit)
+    here = jax.tree.map(lambda values: values[task], everywhere)
+    last = _emitted(make_row(state, place, here, since_last), emit)
     return state, (jax.tree.map(lambda many, one: jnp.concatenate([many, one[None]]), rows, last), everywhere)
 
 
@@ -124,13 +125,8 @@ def make_logger(write: Callback) -> Emit:
     return log
 
 
-def _row(state: RunnerState, place: tuple[Array, Array], evaluated: Metrics, since_last: Metrics, emit: Emit | None) -> Metrics:
-    """One evaluation's metrics, which are also handed to the callback."""
-    row = {"position": place[0], "task": place[1], **state.counters._asdict(), **evaluated, **since_last}
+def _emitted(row: Metrics, emit: Emit | None) -> Metrics:
+    """A row as it is, once it is handed to the callback."""
     if emit is not None:
         emit(row)
     return row
-
-
-def _nan_like(shapes: Any) -> Metrics:
-    return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)

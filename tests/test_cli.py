@@ -8,6 +8,7 @@ import yaml
 
 from knife_jax import cli, results, runner
 from knife_jax.config import Config
+from knife_jax.policy import load_policy
 
 SMALL = [
     *("--env.options", "{num_tasks: 2}", "--agent.hidden_size", "8", "--qmix.embed_size", "8", "--qmix.hypernet_size", "8"),
@@ -36,6 +37,7 @@ def test_train_writes_all_its_files(finished):
     assert [task["name"] for task in summary["tasks"]] == ["permuted_1", "permuted_2", "permuted_1"]
     assert summary["provenance"]["seeds"] == 3
     assert summary["provenance"]["versions"]["jax"]
+    assert load_policy(finished, 2).networks.tasks.names == ("permuted_1", "permuted_2")
     assert (finished / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in finished.parent.iterdir()] == ["small"]
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from knife_jax import Config, cli, compare
-from knife_jax.runner import RunResult
+from knife_jax import Config, cli, compare, results
+from knife_jax.run_result import RunResult
+from knife_jax.statistics import probability_of_improvement
 
 SMALL = ["--preset", "matrix_drift", "--env.scenario", "custom", "--env.options", "{payoff: [[1, 0], [0, 2]]}", "--agent.hidden_size", "8"]
 SHORT = [
@@ -77,6 +78,15 @@ def test_the_command_writes_everything(tmp_path, capsys):
     assert list(content["final"]) == ["none", "redo"] and content["seeds"] == 2
     cured = np.load(out / "1-redo" / "metrics.npz")
     assert cured["cure.agent.hidden_1.treated"].shape == (2, 3)
+    again = tmp_path / "again"
+    assert cli.main(["compare", str(out / "0-none"), str(out / "1-redo"), "--out", str(again)]) == 0
+    assert "1-redo against 0-none" in capsys.readouterr().out
+    compared = json.loads((again / "comparison.json").read_text())
+    assert list(compared["final"].values()) == list(content["final"].values())
+    assert cli.main(["compare", str(out / "0-none"), str(tmp_path)]) == 2
+    assert "no results of a finished run" in capsys.readouterr().err
+    assert cli.main(["compare", str(out / "0-none"), str(out / "0-none")]) == 2
+    assert "two runs or more, each once" in capsys.readouterr().err
 
 
 def test_mistakes_are_told_before_the_first_run(tmp_path, capsys):
@@ -85,3 +95,23 @@ def test_mistakes_are_told_before_the_first_run(tmp_path, capsys):
     assert cli.main(["compare", *SMALL, *SHORT, "--methods", "none", bad, "--out", str(tmp_path / "out")]) == 2
     assert "plasticity.options: reserve" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
+    """Other seeds, evaluations or tasks than the first run's."""
+    runs = {"one": _run([[1, 1, 1]] * 3), "seeds": _run([[1, 1, 1]] * 2), "tasks": _run([[1, 1, 1]] * 3, (0, 1, 1))}
+    for run in runs.values():
+        run.provenance["first_seed"] = 0
+    monkeypatch.setattr(results, "load", lambda path: runs[path.name])
+    for name, message in (("seeds", "seeds has other seeds than one: 0 to 1 there, 0 to 2"), ("tasks", "tasks has other tasks than one")):
+        with pytest.raises(ValueError, match=message):
+            compare.load_runs([tmp_path / "one", tmp_path / name])
+
+
+def test_probability_of_improvement():
+    """Against counting all pairs; ties count half; one seed has no interval."""
+    better, worse = np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0])
+    estimate = probability_of_improvement(better, worse)
+    np.testing.assert_allclose(estimate.value, (1 + 0 + 1 + 0.5 + 1 + 1) / 6)
+    assert estimate.low < estimate.value < estimate.high <= 1.0
+    assert np.isnan(probability_of_improvement(better[:1], worse).low)

@@ -10,10 +10,7 @@ To see how chance fares in a scenario::
     save_animation(env, params, episode, "battle.gif")
 """
 
-import contextlib
 import functools
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from envs.base import Observation
+from envs.files import checked_path, complete_or_not
 from envs.smax import drawing, engine
 from envs.smax.drawing import Battle
 from envs.smax.game import Smax
@@ -143,14 +141,14 @@ def save_animation(
         ValueError: if the suffix is not known, a number is out of range, or `ffmpeg` is missing.
         FileNotFoundError: if the directory does not exist.
     """
-    path = _checked_path(path, ANIMATIONS)
+    path = checked_path(path, ANIMATIONS)
     _check_least(1, frames_per_step=frames_per_step, dpi=dpi)
     _check_positive(steps_per_second=steps_per_second, width=width)
     if path.suffix.lower() == ".mp4" and not FFMpegWriter.isAvailable():
         raise ValueError(f"{path.name} needs the program ffmpeg, which was not found; install it, or write {path.stem}.gif instead")
     figure, frames = _frames(_battle(env, params, episode, whole_map), frames_per_step, width, dpi)
     save = _save_gif if path.suffix.lower() == ".gif" else _save_mp4
-    with _complete_or_not(path) as unfinished:
+    with complete_or_not(path) as unfinished:
         save(figure, frames, unfinished, frames_per_step * steps_per_second)
 
 
@@ -185,7 +183,7 @@ def save_filmstrip(
         ValueError: if the suffix is not known or a number out of range.
         FileNotFoundError: if the directory does not exist.
     """
-    path = _checked_path(path, FILMSTRIPS)
+    path = checked_path(path, FILMSTRIPS)
     _check_least(1, columns=columns, dpi=dpi)
     _check_least(2, frames=frames)
     _check_positive(width=width)
@@ -194,17 +192,8 @@ def save_filmstrip(
     figure, axes = drawing.panels(battle, len(steps), columns, width)
     for panel, step in zip(axes, steps, strict=True):
         drawing.draw(panel, battle, int(step))
-    with _complete_or_not(path) as unfinished:
+    with complete_or_not(path) as unfinished:
         figure.savefig(unfinished, dpi=dpi)
-
-
-def _checked_path(path: str | Path, suffixes: tuple[str, ...]) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"path must end in {' or '.join(suffixes)}, not {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the directory {path.parent} of {path.name} does not exist")
-    return path
 
 
 def _check_least(least: int, **numbers: int) -> None:
@@ -217,15 +206,6 @@ def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, not {value!r}")
-
-
-@contextlib.contextmanager
-def _complete_or_not(path: Path) -> Iterator[Path]:
-    """A path to write to, next to the wanted one; it is renamed if all goes well, and removed if not."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as directory:
-        unfinished = Path(directory) / path.name
-        yield unfinished
-        os.replace(unfinished, path)
 
 
 def _battle(env: Smax, params: SmaxParams, episode: Episode, whole_map: bool) -> Battle:
