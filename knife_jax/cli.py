@@ -22,6 +22,7 @@ from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
 from knife_jax.interrupts import RunStoppedError
+from knife_jax.memory import available_memory, check_seeds, fit_seeds, seed_memory
 from knife_jax.plan import make_game
 from knife_jax.plasticity.registry import METHODS
 from knife_jax.presets import PRESETS, preset_config
@@ -55,7 +56,7 @@ class TrainArguments:
     sweep: tuple[str, ...] = ()
     """Numbers trained side by side with the seeds, every combination of them: optimizer.learning_rate=1e-4,5e-4 learner.gamma=0.9,0.99"""
     seeds_per_batch: int | None = None
-    """At most so many side by side, where they do not all fit into memory; the batches follow one another."""
+    """At most so many side by side, the batches following one another; as many as an estimate says fit into memory if not given."""
     devices: int | None = None
     """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given."""
     chunk_rounds: int | None = None
@@ -179,7 +180,9 @@ def train_command(arguments: Sequence[str]) -> int:
     sweep = parse_sweep(parsed.sweep)
     lanes = parsed.seeds * math.prod(len(values) for values in sweep.values())
     devices = runner.choose_devices(lanes, parsed.seeds_per_batch, parsed.devices)
-    width = runner.batch_width(lanes, parsed.seeds_per_batch, devices)
+    if not parsed.resume:
+        options["seeds_per_batch"] = _fitting(console, parsed.fields, lanes, parsed.seeds_per_batch, devices)
+    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
     try:
         with ProgressLine(console, parsed.fields, lanes, width) as line:
             finished = runner.run_sweep(parsed.fields, sweep, progress=line, out=out, **options)
@@ -196,6 +199,25 @@ def train_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int | None, devices: int) -> int:
+    """How many seeds are trained side by side, by the memory they take, which is said before anything compiles.
+
+    Raises:
+        ValueError: if not even one seed fits, or not as many as were asked for.
+    """
+    memory, available = seed_memory(config), available_memory()
+    if jax.default_backend() == "cpu":
+        available //= devices  # which share the machine's memory
+    if seeds_per_batch is None:
+        seeds_per_batch = devices * fit_seeds(memory, config, -(-seeds // devices), available)
+    width = runner.batch_width(seeds, seeds_per_batch, devices)
+    console.print(memory.describe(width // devices, available) + (" on each device" if devices > 1 else ""), highlight=False)
+    check_seeds(memory, config, width // devices, available)
+    if width < seeds:
+        console.print(f"  {-(-seeds // width)} batches of {width} seeds")
+    return seeds_per_batch
+
+
 def compare_command(arguments: Sequence[str]) -> int:
     """`knife-jax compare`: every method in turn, or runs that are done; then the table, the differences and the files."""
     if arguments and not arguments[0].startswith("-"):
@@ -210,8 +232,11 @@ def compare_command(arguments: Sequence[str]) -> int:
     with results.new_directory(out) as unfinished:
         for method, config in configs.items():
             console.print(runner.describe_plan(config, parsed.seeds))
-            with ProgressLine(console, config, parsed.seeds, parsed.seeds) as line:
-                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, progress=line)
+            devices = runner.choose_devices(parsed.seeds, None, None)
+            together = _fitting(console, config, parsed.seeds, None, devices)
+            width = runner.batch_width(parsed.seeds, together, devices)
+            with ProgressLine(console, config, parsed.seeds, width) as line:
+                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, seeds_per_batch=together, progress=line)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
         comparing.write(runs, unfinished, env.reports_wins)
