@@ -116,9 +116,7 @@ def run_sweep(
         OSError: as `run`.
         RunStoppedError: as `run`.
     """
-    for name, count in {"seeds": seeds, "seeds_per_batch": seeds_per_batch, "devices": devices, "chunk_rounds": chunk_rounds}.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}: at least 1, got {count}")
+    _check_counts(seeds=seeds, seeds_per_batch=seeds_per_batch, devices=devices, chunk_rounds=chunk_rounds)
     if resume and out is None:
         raise ValueError("resume: needs the directory of the run in out")
     if wandb is not None and wandb.mode != "disabled" and out is None:
@@ -150,6 +148,12 @@ def run_sweep(
     if directory is None:
         return results_of(loop.run(), time.perf_counter() - compiled_at)
     return _recorded(loop, directory, results_of)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: at least 1, got {count}")
 
 
 def _recorded(
