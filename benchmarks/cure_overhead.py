@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import count_flops
 from knife_jax import Config, learner, replay
 from knife_jax.plasticity.graph import Graph
 from knife_jax.plasticity.knife import knife
@@ -110,23 +110,6 @@ def gradient_flops(program: Program, state: Any) -> float:
         return learner.gradient_step(state.learner, program.networks, batch, program.config.hyper)
 
     return count_flops(jax.make_jaxpr(step)(state).jaxpr)
-
-
-def count_flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products of a jaxpr, those in scans as often as they run."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * count_flops(inner)
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            operand = equation.invars[0].aval.shape
-            total += 2 * np.prod(equation.outvars[0].aval.shape) * np.prod([operand[axis] for axis in contracted])
-    return float(total)
 
 
 def measure(prepared: dict[str, Prepared], repeats: int) -> dict[str, list[float]]:

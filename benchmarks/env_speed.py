@@ -13,20 +13,13 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.measure import interleaved
 from benchmarks.report import add_output, refuse_existing, say, use_cores, write
 
 SCENARIOS = ("3m", "2s3z", "smacv2_5_units", "smacv2_10_units")
 STEPS = 100
-
-
-class Timed(NamedTuple):
-    """Median seconds of a call."""
-
-    wall: float
-    cpu: float
 
 
 class Program(NamedTuple):
@@ -140,18 +133,6 @@ def compiled(run: Callable[[Any], Any], seeds: int | None, num_envs: int) -> Pro
     program = jax.jit(jax.vmap(run) if seeds else run).lower(keys(0)).compile()
     took = time.process_time() - started
     return Program(lambda number: jax.block_until_ready(program(keys(number))), (seeds or 1) * num_envs * STEPS, took)
-
-
-def interleaved(programs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, Timed]:
-    """Medians over repeats, in each of which every program runs once; the first is thrown away."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-    for repeat in range(repeats + 1):
-        for name, run in programs.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run(repeat)
-            if repeat:
-                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {name: Timed(median(wall for wall, _ in each), median(cpu for _, cpu in each)) for name, each in seconds.items()}
 
 
 def compare(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, Any]:

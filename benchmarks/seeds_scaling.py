@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.measure import significant
 from benchmarks.process_memory import Growth
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
 from knife_jax import Config, RunnerState, make_program
@@ -111,8 +112,8 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     updates = seeds * calls * program.plan.rounds_per_evaluation
     env_steps = updates * program.plan.round_env_steps
     row |= {"used_mb": _mb(growth.peak()), "estimate_over_used": round(estimated / growth.peak(), 3)}
-    row |= {"env_steps_per_s_wall": _rate(env_steps / wall), "env_steps_per_s_cpu": _rate(env_steps / cpu)}
-    return row | {"updates_per_s_wall": _rate(updates / wall), "updates_per_s_cpu": _rate(updates / cpu)}
+    row |= {"env_steps_per_s_wall": significant(env_steps / wall), "env_steps_per_s_cpu": significant(env_steps / cpu)}
+    return row | {"updates_per_s_wall": significant(updates / wall), "updates_per_s_cpu": significant(updates / cpu)}
 
 
 def in_a_child(settings: argparse.Namespace, game: str, seeds: int) -> Row:
@@ -146,10 +147,6 @@ def paint(figure: Any, rows: list[Row]) -> None:
 
 def _mb(size: float) -> float:
     return round(size / 1e6, 1)
-
-
-def _rate(rate: float) -> float:
-    return float(f"{rate:.4g}")
 
 
 def main() -> None:
