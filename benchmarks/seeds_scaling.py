@@ -17,16 +17,12 @@ import sys
 import time
 from typing import Any
 
-import jax
-
 from benchmarks.measure import significant
 from benchmarks.process_memory import Growth
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
-from knife_jax import Config, RunnerState, make_program
-from knife_jax.groups import vmap_in_groups
+from benchmarks.rounds import Rounds
+from knife_jax import Config, make_program
 from knife_jax.memory import available_memory, seed_memory
-from knife_jax.replay import ReplayState
-from knife_jax.runner import seed_keys
 
 SHARED: dict[str, Any] = {
     "train": {"env_steps_per_task": 10**9, "updates_per_round": 1},
@@ -44,9 +40,6 @@ GAMES: dict[str, dict[str, Any]] = {
 """Each with QMIX at the default sizes (hidden 64) unless its preset says otherwise."""
 
 SEEDS = {"matrix": (1, 16, 128, 1024, 4096), "predator_prey": (1, 16, 128, 1024), "smax": (1, 16, 128, 1024)}
-
-AXES: Any = RunnerState._make((0, 0, ReplayState._make((0, None, None)), None, 0, 0))
-"""The seeds' axis of everything that a run carries; what schedules look at has none, so that branches stay branches."""
 
 
 def arguments() -> argparse.Namespace:
@@ -92,25 +85,16 @@ def measured(settings: argparse.Namespace, game: str, seeds: int) -> Row:
     row: Row = {"game": game, "seeds": seeds, "group": group, "estimated_mb": _mb(estimated), "replay_mb": _mb(seeds * memory.replay)}
     if estimated > 0.9 * available:
         return row | {"skipped": f"{_mb(available)} MB are free"}
-    keys, compiling = seed_keys(seeds), time.perf_counter()
-    task = jax.numpy.int32(0)
-    begin = jax.vmap(lambda key: program.begin_task(program.init(key, config.hyper), task, config.hyper), out_axes=AXES)
-    rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, config.hyper), (AXES,), (AXES, 0), group)
-    start, advance = jax.jit(begin), jax.jit(rounds, donate_argnums=0)
-    started = start.lower(keys).compile()
-    compiled = advance.lower(jax.eval_shape(start, keys)).compile()
-    row["compile_s"] = round(time.perf_counter() - compiling, 1)
+    rounds = Rounds(program, seeds, group)
+    row["compile_s"] = round(rounds.compile_wall, 1)
     growth = Growth()
-    state = jax.block_until_ready(started(keys))
-    while int(state.counters.updates) == 0:
-        state = jax.block_until_ready(compiled(state)[0])
+    rounds.begin_learning()
     calls, wall, cpu = 0, time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - wall < settings.seconds:
-        state = jax.block_until_ready(compiled(state)[0])
+        rounds.advance()
         calls += 1
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    updates = seeds * calls * program.plan.rounds_per_evaluation
-    env_steps = updates * program.plan.round_env_steps
+    updates, env_steps = calls * rounds.updates, calls * rounds.env_steps
     row |= {"used_mb": _mb(growth.peak()), "estimate_over_used": round(estimated / growth.peak(), 3)}
     row |= {"env_steps_per_s_wall": significant(env_steps / wall), "env_steps_per_s_cpu": significant(env_steps / cpu)}
     return row | {"updates_per_s_wall": significant(updates / wall), "updates_per_s_cpu": significant(updates / cpu)}
