@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: train test slow lint clean
+.PHONY: train test slow lint bench clean
 
 train: $(STAMP)
 	$(BIN)/knife-jax compare --preset matrix_drift --seeds 16
@@ -18,6 +18,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.env_speed --scenarios 3m 2s3z --envs 32 256 --repeats 3
+	$(BIN)/python -m benchmarks.replay_memory
+	$(BIN)/python -m benchmarks.roofline --quick
+	$(BIN)/python -m benchmarks.train_speed --quick
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv

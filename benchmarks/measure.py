@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+CLOCKS = {"cpu": "processor", "wall": "wall"}
+"""What the two kinds of time are called."""
+
 
 class Timed(NamedTuple):
     """Seconds of a call: medians over the repeats, and the least."""
@@ -15,6 +18,13 @@ class Timed(NamedTuple):
     cpu: float
     least_wall: float
     least_cpu: float
+
+
+def clock() -> str:
+    """Which time speaks of the work done: the processor's, which other jobs disturb less, unless an accelerator does the work."""
+    import jax
+
+    return "cpu" if jax.default_backend() == "cpu" else "wall"
 
 
 def interleaved(programs: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, Timed]:

@@ -10,8 +10,9 @@ XLA's cost analysis must find in the compiled program. Both run several times in
 
 One JSON line per row; the first is the machine: the rate of a 1024 x 1024 product and of streaming through an array of 128 MB. Times are
 milliseconds of one step, `_cpu` of processor time (which other jobs on the machine disturb less) and `_wall`, medians; `_least` are the
-least. `share` is that of light's least processor time in the step's, `share_wall` that of wall times. FLOPs are those of the products;
-`xla_mb` are the bytes that XLA's cost analysis says a step accesses, which counts the bodies of loops (over time) once.
+least. `share` is light's least processor time over the step's (wall time on an accelerator), `share_median` the same of medians. FLOPs
+are those of the products; `xla_mb` are the bytes that XLA's cost analysis says a step accesses, which counts the bodies of loops (over
+time) once.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.light import make_light, repeated
-from benchmarks.measure import Timed, count_flops, interleaved, significant
+from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, significant
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
 from knife_jax import Config, collect, learner, make_program, replay
 from knife_jax.program import Program
@@ -147,11 +148,11 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     for name, compiled, count in (("step", steps, flops), ("light", light, light_flops)):
         for kind, seconds in timed[name]._asdict().items():
             row[f"{name}_ms_{kind}"] = significant(1e3 * seconds / inside)
-        row[f"{name}_gflops"] = significant(count * inside / timed[name].least_cpu / 1e9)
+        row[f"{name}_gflops"] = significant(count * inside / getattr(timed[name], f"least_{clock()}") / 1e9)
         row[f"{name}_xla_mb"] = significant(_cost(compiled)["bytes accessed"] / 1e6)
-    row["share"] = round(timed["light"].least_cpu / timed["step"].least_cpu, 3)
-    row["share_median"] = round(timed["light"].cpu / timed["step"].cpu, 3)
-    return row | {"share_wall": round(timed["light"].wall / timed["step"].wall, 3), "share_of_peak": round(row["step_gflops"] / peak, 3)}
+    for name, kind in (("share", f"least_{clock()}"), ("share_median", clock()), ("share_wall", "wall")):
+        row[name] = round(getattr(timed["light"], kind) / getattr(timed["step"], kind), 3)
+    return row | {"share_of_peak": round(row["step_gflops"] / peak, 3)}
 
 
 def _steps(step: Callable[..., Any], number: int, learned: Any, stored: Any, key: Any) -> Any:
@@ -180,7 +181,7 @@ def _cost(compiled: Any) -> dict[str, float]:
 
 def paint(figure: Any, rows: list[Row]) -> None:
     """Rates of both, row by row, and the machine's."""
-    peak, rows = rows[0]["peak_gflops_cpu"], rows[1:]
+    peak, rows = rows[0][f"peak_gflops_{clock()}"], rows[1:]
     figure.set_size_inches(8, 0.35 * len(rows) + 1.2)
     axes = figure.subplots()
     places = range(len(rows))
@@ -189,7 +190,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
     for place, row in zip(places, rows, strict=True):
         axes.annotate(f"{row['share']:.0%}", (row["step_gflops"], place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.axvline(peak, color="k", linestyle=":", label="a product of 1024 x 1024")
-    axes.set(xlabel="GFLOP per second of processor time", yticks=places)
+    axes.set(xlabel=f"GFLOP per second of {CLOCKS[clock()]} time", yticks=places)
     axes.set_yticklabels([f"{row['game']}, {row['mixer']}, {row['hidden']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.legend(fontsize=7)
@@ -205,7 +206,7 @@ def main() -> None:
     for game in settings.games:
         for mixer in settings.mixers:
             for hidden in settings.hidden:
-                rows.append(measured(settings, game, mixer, hidden, rows[0]["peak_gflops_cpu"]))
+                rows.append(measured(settings, game, mixer, hidden, rows[0][f"peak_gflops_{clock()}"]))
                 say(rows[-1])
     write(rows, settings.out, cores=settings.cores, batch_size=settings.batch_size, slots=settings.slots, collect=COLLECT)
     draw(rows, settings.plot, paint)
