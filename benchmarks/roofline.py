@@ -193,7 +193,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
     axes.set(xlabel=f"GFLOP per second of {CLOCKS[clock()]} time", yticks=places)
     axes.set_yticklabels([f"{row['game']}, {row['mixer']}, {row['hidden']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7)
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
     axes.set_yticklabels(labels, fontsize=7)
     axes.invert_yaxis()
     if len(names) > 1:
-        axes.legend(fontsize=7)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=7)
 
 
 def main() -> None:
