@@ -163,7 +163,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
         rates = [row[f"{name}gradient_steps_per_s_{clock()}"] for row in rows]
         places = [place + (index - (len(names) - 1) / 2) * 0.4 for place in range(len(rows))]
         axes.barh(places, rates, height=0.8 / len(names), label={"ours_": "knife_jax", "jaxmarl_": "JaxMARL's qmix_rnn.py"}.get(name))
-    axes.set(xscale="log", xlabel=f"gradient steps per second of {CLOCKS[clock()]} time", yticks=range(len(rows)))
+    axes.set(xlabel=f"gradient steps per second of {CLOCKS[clock()]} time", yticks=range(len(rows)))
     axes.set_yticklabels(labels, fontsize=7)
     axes.invert_yaxis()
     if len(names) > 1:
