@@ -12,9 +12,10 @@ processor time (`_cpu`, which other jobs on the machine disturb less); `over_fir
 
 `--peer` times JaxMARL's `qmix_rnn.py`, from a checkout of its repository, against the preset `jaxmarl_qmix_smax`, in one process and in
 turn: same sizes, batches, optimizer and rounds, a replay of 512 rollouts, no tests and no evaluations. Gradient steps are timed apart
-from collecting, by runs that never learn. What differs: the script stores observations where ours stores records and renders them; its
-environments reset within the step that ends an episode, ours on the next one; it bootstraps through the ends of episodes; its epsilon
-counts rounds, ours steps. Its environment is that of the JaxMARL that is installed.
+from collecting, by runs that never learn; as differences, these rates come from the least times of the repeats. What differs: the script
+stores observations where ours stores records and renders them; its environments reset within the step that ends an episode, ours on the
+next one; it bootstraps through the ends of episodes; its epsilon counts rounds, ours steps. Its environment is that of the JaxMARL that
+is installed.
 """
 
 import argparse
@@ -140,8 +141,8 @@ def against_peer(settings: argparse.Namespace, game: str, hidden: int, seeds: in
     for name, side, collected in (("ours", ours, chunks * settings.rounds), ("jaxmarl", peer, peer.rounds)):
         row |= {f"{name}_compile_{kind}_s": round(seconds, 1) for kind, seconds in (("cpu", side.compile_cpu), ("wall", side.compile_wall))}
         for kind in ("cpu", "wall"):
-            collecting = getattr(timed[f"{name}_collect"], kind) / collected
-            whole = getattr(timed[f"{name}_learn"], kind) / settings.rounds
+            collecting = getattr(timed[f"{name}_collect"], f"least_{kind}") / collected
+            whole = getattr(timed[f"{name}_learn"], f"least_{kind}") / settings.rounds
             whole -= (
                 collecting * (collected / settings.rounds - 1) if name == "jaxmarl" else 0.0
             )  # its runs begin with rounds that only collect
