@@ -158,7 +158,8 @@ def test_without_a_cure_the_step_is_the_one_without_cures():
 
 
 @pytest.mark.parametrize(
-    ("mixer", "recurrent", "composite"), [("qmix", False, "separate"), ("qplex", True, "separate"), ("qmix", True, "shared")]
+    ("mixer", "recurrent", "composite"),
+    [("qmix", False, "separate"), pytest.param("qplex", True, "separate", marks=pytest.mark.slow), ("qmix", True, "shared")],
 )
 def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composite):
     """Q_tot of the actions taken and of the next greedy ones, online and target, three interventions with learning in between."""
@@ -227,6 +228,7 @@ def test_diagnostics_of_every_layer_are_logged():
     assert (np.asarray(metrics["plasticity/agent/weight_norm"])[known] > 0).all()
 
 
+@pytest.mark.slow
 def test_averaged_targets_cover_the_reserve():
     """Polyak averaging moves the target's frozen numbers towards the online ones and leaves the links between neurons alone."""
     config = _config(ALWAYS, learner={"mixer": "qmix", "target_update": "polyak", "polyak_tau": 0.25})

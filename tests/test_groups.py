@@ -44,6 +44,7 @@ def test_groups_are_the_same_as_one_batch():
         vmap_in_groups(_round_trip, ins, outs, 4)(*arguments)
 
 
+@pytest.mark.slow
 def test_a_round_in_groups_trains_as_a_batch_of_that_width_does_and_in_place():
     """Bit for bit the group's own batch; one replay in memory, and temporaries of one group, which hold its rings once."""
     program = make_program(Config.from_dict(CONFIG))

@@ -208,7 +208,12 @@ def test_function_stays_over_sequences(layers):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("knife", {}), ("knife", {"into_frozen": "drawn"}), ("freeze_and_zero", {})], ids=["knife", "drawn", "zero"]
+    ("name", "options"),
+    [
+        pytest.param("knife", {}, id="knife"),
+        pytest.param("knife", {"into_frozen": "drawn"}, id="drawn", marks=pytest.mark.slow),
+        pytest.param("freeze_and_zero", {}, id="zero", marks=pytest.mark.slow),
+    ],
 )
 def test_function_stays_over_sequences_in_float64(name, options):
     """In double precision to 1e-12."""

@@ -34,7 +34,7 @@ def _untrained(name, tmp_path, seeds=2, **fields):
     return program, result
 
 
-@pytest.mark.parametrize("name", ["matrix", "predator_prey"])
+@pytest.mark.parametrize("name", ["matrix", pytest.param("predator_prey", marks=pytest.mark.slow)])
 def test_loaded_agents_act_as_those_that_were_trained(name, tmp_path):
     """Greedy actions over a whole episode, with memory, last actions, identity and task, are the collector's."""
     program, result = _untrained(name, tmp_path, plasticity={"name": "knife", "when_full": "skip"})
@@ -86,7 +86,10 @@ def test_evaluation_plays_every_task_with_every_seed(tmp_path, capsys):
     assert "2 seeds, 2 episodes each" in said and "permuted_2" in said
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("matrix", "png"), ("predator_prey", "gif"), ("predator_prey", "png"), ("smax", "gif")])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("matrix", "png"), ("predator_prey", "gif"), ("predator_prey", "png"), pytest.param("smax", "gif", marks=pytest.mark.slow)],
+)
 def test_watch_draws_every_game(name, suffix, tmp_path, capsys):
     """A picture of the right kind that is not blank; animations with a frame for every step at least."""
     _untrained(name, tmp_path)

@@ -136,6 +136,7 @@ np.savez(out + "/all.npz", **{name.replace("/", "."): values for name, values in
 """
 
 
+@pytest.mark.slow
 def test_seeds_on_four_devices_have_the_numbers_of_one(single, tmp_path):
     """Two seeds on each of four devices, without a word between them, killed and resumed: the numbers of two seeds on one.
 

@@ -17,6 +17,7 @@ SHORT = {**SMALL, "train": {"env_steps_per_task": 64}, "evaluation": {"episodes"
 SWEEP = {"optimizer.learning_rate": (1e-2, 1e-4)}
 
 
+@pytest.mark.slow
 def test_a_sweep_holds_the_runs_that_would_be_made_one_by_one(tmp_path):
     """Two rates x two seeds, three lanes at a time, stopped and resumed through the command; results and logs apart for each rate."""
     out = tmp_path / "out"
