@@ -24,7 +24,10 @@ def available(key, action_mask):
 def exact_play(name):
     """States of random play, as they are stored in float32, and what is seen of them."""
     env = make_jaxmarl(name)
-    reset, step = jax.jit(jax.vmap(lambda key: env.reset(key, ()))), jax.jit(jax.vmap(lambda *args: env.step(*args, ())))
+    reset, step = (
+        jax.jit(jax.vmap(lambda key: env.reset(key, ()))),
+        jax.jit(jax.vmap(lambda key, state, actions: env.step(key, state, actions, ()))),
+    )
     state = reset(jax.random.split(jax.random.key(2), BATCH))
     look, records = jax.jit(jax.vmap(lambda record: env.observe(record, ()))), []
     for time in range(12):
