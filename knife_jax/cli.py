@@ -228,15 +228,17 @@ def compare_command(arguments: Sequence[str]) -> int:
     for config in configs.values():
         make_program(config)  # refuses what cannot be run before the first hour is spent
     env, _ = make_game(parsed.fields)
-    console, runs = _console(), {}
+    console, runs, together = _console(), {}, {}
+    devices = runner.choose_devices(parsed.seeds, None, None)
+    for method, config in configs.items():  # what does not fit into memory is refused before the first hour, too
+        console.print(runner.describe_plan(config, parsed.seeds))
+        together[method] = _fitting(console, config, parsed.seeds, None, devices)
     with results.new_directory(out) as unfinished:
         for method, config in configs.items():
-            console.print(runner.describe_plan(config, parsed.seeds))
-            devices = runner.choose_devices(parsed.seeds, None, None)
-            together = _fitting(console, config, parsed.seeds, None, devices)
-            width = runner.batch_width(parsed.seeds, together, devices)
-            with ProgressLine(console, config, parsed.seeds, width) as line:
-                runs[method] = runner.run(config, seeds=parsed.seeds, first_seed=parsed.first_seed, seeds_per_batch=together, progress=line)
+            console.print(f"{method}:")
+            with ProgressLine(console, config, parsed.seeds, runner.batch_width(parsed.seeds, together[method], devices)) as line:
+                options = {"first_seed": parsed.first_seed, "seeds_per_batch": together[method], "devices": devices}
+                runs[method] = runner.run(config, seeds=parsed.seeds, progress=line, **options)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
         comparing.write(runs, unfinished, env.reports_wins)

@@ -97,6 +97,16 @@ def test_mistakes_are_told_before_the_first_run(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_does_not_fit_into_memory_is_told_before_the_first_run(tmp_path, capsys, monkeypatch):
+    """Also where only the second method needs too much."""
+    monkeypatch.setattr(cli, "available_memory", lambda: 40_000_000)
+    wide = "{name: knife, reserve: 40000.0, when_full: skip}"
+    assert cli.main(["compare", *SMALL, *SHORT, "--methods", "none", wide, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "not even one seed fits" in said.err and said.out.count("memory:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
     """Other seeds, evaluations or tasks than the first run's."""
     runs = {"one": _run([[1, 1, 1]] * 3), "seeds": _run([[1, 1, 1]] * 2), "tasks": _run([[1, 1, 1]] * 3, (0, 1, 1))}
