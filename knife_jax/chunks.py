@@ -153,7 +153,8 @@ def seed_axes(pieces: Pieces, key: PRNGKeyArray, swept: Swept) -> Carry:
     """Where the seeds' axis of every leaf of a `Carry` is: 0, or None for what is the same for every seed.
 
     A counter that entered a chunk with a seeds' axis would turn every `cond` on it into a select of both branches, so what never depends on
-    the key has to stay without. Which leaves do is found by tracing two tasks under `vmap`.
+    the key has to stay without. Which leaves do is found by tracing two tasks under `vmap`. What a run gives back, variables and the cure's
+    report, has the axis whatever it depends on: `reset` says the same number for every seed.
     """
     found: list[Any] = []
 
@@ -177,4 +178,5 @@ def seed_axes(pieces: Pieces, key: PRNGKeyArray, swept: Swept) -> Carry:
     jax.eval_shape(jax.vmap(two_tasks), key[None])
     anywhere = jax.tree.map(lambda *leaves: any(leaves), *found)
     axes = jax.tree.map(lambda depends: 0 if depends else None, anywhere)
-    return Carry(axes._replace(stagnant=0), Period(0, 0, None), 0)  # pyright: ignore[reportArgumentType]
+    axes = axes._replace(stagnant=0, learner=axes.learner._replace(params=0, reserve=0, report=0))
+    return Carry(axes, Period(0, 0, None), 0)  # pyright: ignore[reportArgumentType]

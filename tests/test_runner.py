@@ -66,6 +66,15 @@ def test_batches_have_the_bits_of_runs_of_their_width(single):
         np.testing.assert_array_equal(result.metrics[name][:2], values, err_msg=name)
 
 
+def test_what_does_not_depend_on_the_seed_is_reported_for_every_seed():
+    """`reset` treats the same count of numbers whatever the key."""
+    plasticity = {"name": "reset", "interval_updates": 5, "diagnostics": False}
+    result = runner.run({**SMALL, "plasticity": plasticity}, seeds=2)
+    assert result.report["all/treated"].shape == (2,)
+    assert result.report["all/treated"].min() > 0
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(result.variables))
+
+
 def test_cond_survives_in_a_chunk():
     """Counters enter a chunk without a seeds' axis, so that no branch turns into a select of both."""
     pieces = Pieces(make_program(resolve(SMALL)))
