@@ -5,7 +5,7 @@ Shapes: A agents, U actions, D observation features, G state features. Everythin
 
 import abc
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -139,6 +139,22 @@ def stack_tasks(params: Sequence[EnvParams], names: Sequence[str], order: Sequen
             )
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
     return Tasks(stacked, tuple(names), tuple(range(len(names))) if order is None else tuple(order))
+
+
+def some_of(tasks: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
+    """The named tasks of a drift, in the order of the names; all of them if None.
+
+    Raises:
+        ValueError: for a name that does not exist or comes twice, or no names.
+    """
+    if only is None:
+        return dict(tasks)
+    for name in only:
+        if name not in tasks:
+            raise unknown_name("task", name, tasks)
+    if not only or len(set(only)) < len(only):
+        raise ValueError(f"only: names of tasks that differ from each other, at least one; got {list(only)}")
+    return {name: tasks[name] for name in only}
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:

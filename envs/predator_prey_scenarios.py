@@ -3,7 +3,7 @@
 This module knows the game; the game does not know it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.base import Tasks, stack_tasks, unknown_name
+from envs.base import Tasks, some_of, stack_tasks, unknown_name
 from envs.predator_prey import PredatorPrey, check_room, default_rules
 from envs.predator_prey_types import PredatorPreyParams
 
@@ -77,7 +77,7 @@ def make(scenario: str = "pymarl2", **overrides: Any) -> tuple[PredatorPrey, Pre
     return env, _params(env, {**rules, **{name: value for name, value in overrides.items() if name not in static}})
 
 
-def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
+def drift_tasks(env: PredatorPrey, params: PredatorPreyParams, only: Sequence[str] | None = None) -> Tasks:
     """The drift `drift`: a task, seven tasks that each change one thing about it, and the first task again.
 
     They change the capture condition (one more agent), the capture reward (half), the miscapture punishment (1.5 more), prey speed (it
@@ -87,9 +87,10 @@ def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
     Args:
         env: the game; every task has its sizes.
         params: the first task.
+        only: names of the tasks to keep, in their order; all eight if None.
 
     Raises:
-        ValueError: if a task is not possible, for example because its entities do not fit between the walls.
+        ValueError: if a task is not possible, for example because its entities do not fit between the walls, or has no such name.
     """
     base = {name: np.asarray(value) for name, value in params._asdict().items()}
     numbers = ("active_agents", "active_stags", "active_hares")
@@ -104,8 +105,9 @@ def drift_tasks(env: PredatorPrey, params: PredatorPreyParams) -> Tasks:
         "walls": {name: (3 * base[name] + 3) // 4 for name in sides},
         "freezing": {"capture_freezes": ~base["capture_freezes"], "remove_frozen": ~base["capture_freezes"]},
     }
-    tasks = [_params(env, {**base, **change}) for change in changes.values()]
-    return stack_tasks(tasks, tuple(changes), (*range(len(changes)), 0))
+    kept = some_of(changes, only)
+    tasks = [_params(env, {**base, **change}) for change in kept.values()]
+    return stack_tasks(tasks, tuple(kept), (*range(len(kept)), 0))
 
 
 def _params(env: PredatorPrey, rules: dict[str, Any]) -> PredatorPreyParams:

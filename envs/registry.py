@@ -62,9 +62,9 @@ def _permuted(task_seed: int = 0, num_tasks: int = 5) -> Game:
     return Game(builds[0][0], stack_tasks([params for _, params in builds], names, [*range(num_tasks), 0]))
 
 
-def _predator_prey_drift(**options: Any) -> Game:
+def _predator_prey_drift(only: Sequence[str] | None = None, **options: Any) -> Game:
     env, params = predator_prey_scenarios.make(**options)
-    return Game(env, predator_prey_scenarios.drift_tasks(env, params))
+    return Game(env, predator_prey_scenarios.drift_tasks(env, params, only))
 
 
 def _smax_drift(race: str, units: int, **options: Any) -> Game:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from envs.base import Tasks, stack_tasks, unknown_name
+from envs.base import Tasks, some_of, stack_tasks, unknown_name
 from envs.smax.game import Smax
 from envs.smax.types import UNIT_TYPES, SmaxParams, UnitStatistics
 
@@ -206,7 +206,7 @@ def default_params(env: Smax) -> SmaxParams:
     return make("custom", allies={"marine": env.num_agents}, enemies={"marine": env.num_enemies})[1]
 
 
-def drift(race: str = "protoss", units: int = 5, **options: Any) -> tuple[Smax, Tasks]:
+def drift(race: str = "protoss", units: int = 5, only: Sequence[str] | None = None, **options: Any) -> tuple[Smax, Tasks]:
     """Ten tasks for teams of one race, then the first again.
 
     Team composition, start law, strength of the enemy's policy and unit statistics differ from task to task; sizes, and so shapes, do not.
@@ -214,6 +214,7 @@ def drift(race: str = "protoss", units: int = 5, **options: Any) -> tuple[Smax, 
     Args:
         race: a key of `RACES`.
         units: on each side.
+        only: names of the tasks to keep, in their order; all ten if None.
         **options: what `make` takes, for all tasks (a task's own options come first).
 
     Returns:
@@ -225,7 +226,7 @@ def drift(race: str = "protoss", units: int = 5, **options: Any) -> tuple[Smax, 
     if scenario not in SCENARIOS:
         raise ValueError(f"units must be 5, 10 or 20, not {units!r}")
     env, _ = make(scenario, **options)
-    tasks = {name: make(scenario, **{**options, **task})[1] for name, task in _drift_tasks(race, units).items()}
+    tasks = {name: make(scenario, **{**options, **task})[1] for name, task in some_of(_drift_tasks(race, units), only).items()}
     return env, stack_tasks(list(tasks.values()), list(tasks), [*range(len(tasks)), 0])
 
 

@@ -1,0 +1,74 @@
+"""The command of every experiment: tune, train what is missing, draw.
+
+    python -m experiments.matrix_drift --scale standard
+
+Shapes: S seeds.
+"""
+
+import argparse
+import fnmatch
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments import cells, protocol, tuning
+from experiments.cells import Cell
+from experiments.report import write_report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs an experiment as its flags say; 0 if all went well, 1 if something it was given does not fit."""
+    described = protocol.read(name)
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=described.question)
+    parser.add_argument("--scale", choices=sorted(described.scales), default="quick", help="how much of it (quick)")
+    parser.add_argument("--seeds", type=int, help="how many seeds, if not as many as the scale says")
+    parser.add_argument("--out", type=Path, help="where results are, and go on from (runs/experiments/NAME/SCALE)")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of what is trained, such as '*/qmix/knife'")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th of what is to be trained, from the I-th on; for N machines")
+    parser.add_argument("--list", action="store_true", help="say what there is and what is missing, and train nothing")
+    given = parser.parse_args(arguments)
+    root = given.out or Path("runs") / "experiments" / name / given.scale
+    console = Console(highlight=False)
+    try:
+        if given.seeds is not None and given.seeds < 1:
+            raise ValueError(f"--seeds: at least 1, got {given.seeds}")
+        tuned = described.scales[given.scale].tuned
+        if tuned and not given.list:
+            tuning.tune(described, given.scale, root, console.print)
+        chosen = tuning.chosen(described, given.scale, root) if tuned else None
+        wanted = [cell for cell in protocol.cells(described, given.scale, seeds=given.seeds, chosen=chosen) if _matches(cell, given.only)]
+        wanted = _part(wanted, given.part)
+        if given.list:
+            for cell in wanted:
+                console.print(f"{'done   ' if (root / cell.file).exists() else 'missing'} {cell.file}", soft_wrap=True)
+            return 0
+        _train(wanted, root, console)
+        console.print(f"report in {write_report(described, given.scale, root)}", soft_wrap=True)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(wanted: Sequence[Cell], root: Path, console: Console) -> None:
+    for number, cell in enumerate(wanted, 1):
+        began = time.perf_counter()
+        trained = cells.train(cell, root)
+        took = f"{time.perf_counter() - began:.0f} s" if trained else "was there"
+        console.print(f"[{number}/{len(wanted)}] {cell.file}: {took}", soft_wrap=True)
+
+
+def _matches(cell: Cell, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch("/".join(cell.file.parts[:3]), pattern) for pattern in patterns)
+
+
+def _part(wanted: list[Cell], part: str) -> list[Cell]:
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part: expected I/N with I from 1 to N, got {part!r}")
+    return wanted[int(index) - 1 :: int(count)]
