@@ -77,7 +77,7 @@ def _tried(protocol: Protocol, configs: Sequence[Config]) -> list[tuple[Mapping[
 
 def _swept_field(configs: Sequence[Config]) -> str | None:
     """The one number in which some configurations differ, if that is all and it may be traced."""
-    numbers = [config.hyper["plasticity"] for config in configs]
+    numbers = [config.hyper.get("plasticity", {}) for config in configs]
     differing = [name for name in numbers[0] if len({values.get(name) for values in numbers}) > 1]
     if len(differing) != 1 or None in {values.get(differing[0]) for values in numbers}:
         return None
