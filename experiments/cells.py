@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +61,17 @@ class DamagedError(ValueError):
     """A file that is not what its name says."""
 
 
-def train(cell: Cell, root: Path) -> bool:
+Work = Callable[[Cell, Path], None]
+"""What makes a cell's file."""
+
+
+def train(cell: Cell, root: Path, work: Work | None = None) -> bool:
     """Trains a cell and writes its file; does nothing where the file is there already.
+
+    Args:
+        cell: the cell.
+        root: the experiment's directory.
+        work: what there is to do, if not a run; it writes the file that it is given.
 
     Returns:
         Whether there was something to do.
@@ -74,20 +83,29 @@ def train(cell: Cell, root: Path) -> bool:
     if path.exists():
         _check_same(cell, path)
         return False
-    save(cell, run(cell.config, seeds=cell.seeds, first_seed=cell.first_seed), path)
+    (work or _run)(cell, path)
     return True
+
+
+def _run(cell: Cell, path: Path) -> None:
+    save(cell, run(cell.config, seeds=cell.seeds, first_seed=cell.first_seed), path)
 
 
 def save(cell: Cell, result: RunResult, path: Path) -> None:
     """Writes the kept metrics, the cure's report, the configuration and where it came from; all or nothing."""
     arrays = {f"metrics/{name}": values for name, values in _kept(result).items()}
     arrays |= {f"report/{name}": np.asarray(values) for name, values in result.report.items()}
+    write(cell, arrays, result.provenance, path)
+
+
+def write(cell: Cell, arrays: Mapping[str, np.ndarray], provenance: Mapping[str, Any], path: Path) -> None:
+    """Writes a cell's arrays, with what it takes to know what they are; all or nothing."""
     about = {
         "setting": cell.setting,
         "mixer": cell.mixer,
         "method": cell.method,
-        "config": result.config.to_dict(),
-        "provenance": result.provenance,
+        "config": cell.config.to_dict(),
+        "provenance": provenance,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".npz", dir=path.parent)
@@ -107,7 +125,7 @@ def load(paths: Sequence[Path]) -> RunResult:
     Raises:
         DamagedError: if one is missing or damaged, or they are of different configurations.
     """
-    parts = [_read(path) for path in paths]
+    parts = [read(path) for path in paths]
     first = parts[0][0]
     for path, (about, _) in zip(paths, parts, strict=True):
         if about["config"] != first["config"]:
@@ -123,7 +141,12 @@ def load(paths: Sequence[Path]) -> RunResult:
     return RunResult(config, joined["metrics"], tasks.names, tasks.order, {}, joined["report"], provenance)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a file says it is, and its arrays.
+
+    Raises:
+        DamagedError: if it is missing or damaged.
+    """
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files if name != "about"}
@@ -133,7 +156,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _check_same(cell: Cell, path: Path) -> None:
-    about, _ = _read(path)
+    about, _ = read(path)
     known = Config.from_dict(about["config"]).to_dict()
     if known != cell.config.to_dict():
         fields = _differing(known, cell.config.to_dict())

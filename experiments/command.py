@@ -15,14 +15,20 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments import cells, protocol, tuning
-from experiments.cells import Cell
+from experiments.cells import Cell, Work
 from experiments.report import write_report
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def main(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs an experiment as its flags say; 0 if all went well, 1 if something it was given does not fit."""
+def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = None) -> int:
+    """Runs an experiment as its flags say; 0 if all went well, 1 if something it was given does not fit.
+
+    Args:
+        name: the experiment.
+        arguments: the command line's, if not the process's own.
+        work: what is done for a cell, if not a run.
+    """
     described = protocol.read(name)
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=described.question)
     parser.add_argument("--scale", choices=sorted(described.scales), default="quick", help="how much of it (quick)")
@@ -47,7 +53,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
             for cell in wanted:
                 console.print(f"{'done   ' if (root / cell.file).exists() else 'missing'} {cell.file}", soft_wrap=True)
             return 0
-        _train(wanted, root, console)
+        _train(wanted, root, console, work)
         console.print(f"report in {write_report(described, given.scale, root)}", soft_wrap=True)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -55,10 +61,10 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(wanted: Sequence[Cell], root: Path, console: Console) -> None:
+def _train(wanted: Sequence[Cell], root: Path, console: Console, work: Work | None) -> None:
     for number, cell in enumerate(wanted, 1):
         began = time.perf_counter()
-        trained = cells.train(cell, root)
+        trained = cells.train(cell, root, work)
         took = f"{time.perf_counter() - began:.0f} s" if trained else "was there"
         console.print(f"[{number}/{len(wanted)}] {cell.file}: {took}", soft_wrap=True)
 

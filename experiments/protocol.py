@@ -7,7 +7,7 @@ Every method shares settings, learners, seeds, tasks, budgets and evaluations; t
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ from knife_jax.config import Config, resolve
 DIRECTORY = Path(__file__).parent / "configs"
 Nested = dict[str, dict[str, Any]]
 Positive = Annotated[int, Field(gt=0)]
+Described = TypeVar("Described", bound=BaseModel)
 
 
 class Scale(BaseModel):
@@ -93,7 +94,16 @@ class Protocol(BaseModel):
 
 
 def read(name: str) -> Protocol:
-    """Reads an experiment by name.
+    """Reads an experiment by name; raises as `read_as`."""
+    return read_as(Protocol, name)
+
+
+def read_as(kind: type[Described], name: str) -> Described:
+    """Reads the file of an experiment as what it describes.
+
+    Args:
+        kind: a model with a field `name`.
+        name: the file's.
 
     Raises:
         ValueError: for an unknown name, or a file with something in it that has no meaning.
@@ -102,7 +112,7 @@ def read(name: str) -> Protocol:
     if name not in known:
         raise unknown_name("experiment", name, known)
     try:
-        return Protocol(name=name, **yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text()))
+        return kind(name=name, **yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text()))
     except ValidationError as error:
         raise ValueError(f"experiments/configs/{name}.yaml: {error}") from None
 
