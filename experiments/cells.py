@@ -28,7 +28,7 @@ KEPT = (
 """Metrics that are kept whole, beside the diagnoses of whole networks; the networks themselves are not kept."""
 _NETWORKS = ("agent", "mixer")
 _PRECISE_BITS = 10
-"""Of the mantissa of diagnoses, which makes files a third of the size; relative error 0.0005."""
+"""Of the mantissa of diagnoses, which makes files a third of the size; relative error at most 0.001."""
 
 
 class Cell(NamedTuple):
@@ -148,9 +148,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         DamagedError: if it is missing or damaged.
     """
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name != "about"}
-            return json.loads(str(file["about"])), arrays
+        with path.open("rb") as file, np.load(file) as found:
+            arrays = {name: found[name] for name in found.files if name != "about"}
+            return json.loads(str(found["about"])), arrays
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedError(f"{path}: not a whole result ({' '.join(str(error).split())}); delete it to train it again") from None
 

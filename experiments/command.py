@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments import cells, protocol, tuning
 from experiments.cells import Cell, Work
 from experiments.report import write_report
+from knife_jax.cache import keep_compiled_programs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +41,7 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
     given = parser.parse_args(arguments)
     root = given.out or Path("runs") / "experiments" / name / given.scale
     console = Console(highlight=False)
+    keep_compiled_programs()
     try:
         if given.seeds is not None and given.seeds < 1:
             raise ValueError(f"--seeds: at least 1, got {given.seeds}")

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from experiments import cells
 from experiments.cells import Cell
 from knife_jax import learner, replay
-from knife_jax.config import Config, PlasticityConfig
+from knife_jax.config import Config, PlasticityConfig, parse_yaml
 from knife_jax.learner import LearnerState
 from knife_jax.model import Networks, draw_params, make_networks, observe
 from knife_jax.program import Program, RunnerState, make_program
@@ -121,7 +121,8 @@ def teach(cell: Cell, path: Path) -> None:
     """
     began = time.perf_counter()
     keys = seed_keys(cell.seeds, cell.first_seed)
-    lessons, steps = _lessons(cell.config.to_yaml(), cell.seeds, cell.first_seed), steps_of(cell.config)
+    without = replace(cell.config, plasticity=PlasticityConfig())
+    lessons, steps = _lessons(without.to_yaml(), cell.seeds, cell.first_seed), steps_of(cell.config)
     unexplained = jax.jit(jax.vmap(make_student(cell.config, steps)))(keys, lessons)
     arrays = {"unexplained": np.asarray(unexplained), "steps": np.arange(RECORDS + 1) * (steps // RECORDS)}
     arrays |= {f"shares/{name.removeprefix('plasticity/')}": np.asarray(values) for name, values in lessons.shares.items()}
@@ -131,11 +132,8 @@ def teach(cell: Cell, path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _lessons(config: str, seeds: int, first_seed: int) -> Lesson:
-    """The lessons of many seeds; the cure in the configuration does not matter."""
-    from knife_jax.config import parse_yaml
-
-    without = replace(Config.from_dict(parse_yaml(config)), plasticity=PlasticityConfig())
-    return jax.jit(jax.vmap(make_lesson(without)))(seed_keys(seeds, first_seed))
+    """The lessons of many seeds."""
+    return jax.jit(jax.vmap(make_lesson(Config.from_dict(parse_yaml(config)))))(seed_keys(seeds, first_seed))
 
 
 def _live(program: Program, key: PRNGKeyArray) -> tuple[RunnerState, Any, dict[str, Float[Array, "P"]]]:

@@ -6,16 +6,20 @@ python -m experiments.report experiments/results/matrix_drift/standard
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from experiments import figures, protocol, tables
+from experiments import distillation_report, figures, protocol, shares, tables
 from experiments.protocol import Protocol
 from experiments.tables import Claim, Row
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate
 
 
+OWN: Mapping[str, Callable[[Protocol, str, Path], Path]] = {"distillation": distillation_report.write_report}
+"""Experiments whose files hold no runs."""
+ACROSS: Mapping[str, Callable[[shares.Groups, Path], list[str]]] = {"stationary": shares.sections}
+"""What is said and drawn over all settings of an experiment."""
 STAR = r" \*"
 """Marks methods that act when tasks change."""
 
@@ -26,6 +30,8 @@ def write_report(described: Protocol, scale: str, root: Path) -> Path:
     Raises:
         ValueError: if nothing is.
     """
+    if described.name in OWN:
+        return OWN[described.name](described, scale, root)
     found = tables.groups(described, root)
     if not found:
         raise ValueError(f"there are no results in {root}")
@@ -34,6 +40,8 @@ def write_report(described: Protocol, scale: str, root: Path) -> Path:
     text = [f"# {described.name}, scale {scale}", "", described.question.strip(), "", *_facts(found), ""]
     for (setting, mixer), runs in found.items():
         text += _section(described, setting, mixer, runs, pictures)
+    if described.name in ACROSS:
+        text += ACROSS[described.name](found, pictures)
     text += _tuning(root)
     path = root / "report.md"
     path.write_text("\n".join(text).rstrip() + "\n")
