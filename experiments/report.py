@@ -105,12 +105,10 @@ def _tuning(root: Path) -> list[str]:
         "curves after the first task.",
         "",
     ]
-    for method, entry in content["methods"].items():
-        tried = "; ".join(
-            f"{'**' if index == entry['chosen'] else ''}{json.dumps(candidate)} {score:.3f}{'**' if index == entry['chosen'] else ''}"
-            for index, (candidate, score) in enumerate(zip(entry["candidates"], entry["scores"], strict=True))
-        )
-        lines.append(f"* {method}: {tried}")
+    for method, tried in content["tried"].items():
+        best = max(tried, key=lambda entry: entry["score"])
+        said = (f"{'**' * (entry is best)}{json.dumps(entry['options'])} {entry['score']:.3f}{'**' * (entry is best)}" for entry in tried)
+        lines.append(f"* {method}: {'; '.join(said)}")
     return lines
 
 
