@@ -29,7 +29,9 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="how many seeds, if not as many as the scale says")
     parser.add_argument("--out", type=Path, help="where results are, and go on from (runs/experiments/NAME/SCALE)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of what is trained, such as '*/qmix/knife'")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th of what is to be trained, from the I-th on; for N machines")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="every N-th of what is to be trained, from the I-th on; for N machines"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is and what is missing, and train nothing")
     given = parser.parse_args(arguments)
     root = given.out or Path("runs") / "experiments" / name / given.scale

@@ -43,9 +43,11 @@ class Row(NamedTuple):
         area: mean height of their learning curves.
         average: performance on all tasks at the end of the sequence.
         forgetting: what is gone of each task's final performance by then.
-        transfer: height of the curves after the first task, as a share of what lies between a fresh network's and 1; None without fresh ones.
-        against: paired difference of `later` to `none`; None for `none`, or if other seeds were trained.
+        transfer: how much of what lies between a fresh network's curves and 1 is gained, see `measures.forward_transfer`.
+        against: paired difference of `later` to `none`.
         improvement: the chance that a seed of it has a higher `later` than one of `none`.
+
+    The last three are None where there is nothing to compare with, or other seeds were trained.
     """
 
     boundaries: bool
@@ -87,8 +89,20 @@ def load_group(root: Path, setting: str, mixer: str, methods: list[str]) -> dict
 
 def knows_boundaries(run: RunResult) -> bool:
     """Whether the cure acts at the moments when tasks change because its schedule says so."""
-    cure, plan = run.config.plasticity, run.metrics["updates"].reshape(-1, len(run.task_order), run.metrics["updates"].shape[-1] // len(run.task_order))
-    if cure.name in ("none", "wide_none", "layer_norm", "l2_init", "weight_decay", "spectral", "continual_backprop", "self_normalized_resets"):
+    cure, plan = (
+        run.config.plasticity,
+        run.metrics["updates"].reshape(-1, len(run.task_order), run.metrics["updates"].shape[-1] // len(run.task_order)),
+    )
+    if cure.name in (
+        "none",
+        "wide_none",
+        "layer_norm",
+        "l2_init",
+        "weight_decay",
+        "spectral",
+        "continual_backprop",
+        "self_normalized_resets",
+    ):
         return False
     a_task = int(plan[0, -1, -1] - plan[0, -1, 0])
     every = cure.interval_updates or a_task

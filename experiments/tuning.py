@@ -45,7 +45,10 @@ def tune(protocol: Protocol, scale: str, root: Path, say: Callable[[str], None] 
 
 
 def chosen(protocol: Protocol, scale: str, root: Path) -> dict[str, dict[str, Any]]:
-    """The section `plasticity` of each method: the candidate with the highest score, the earlier one of equals; the first if none was tried."""
+    """The section `plasticity` of each method.
+
+    That is the candidate with the highest score, the earlier one of equals, or the first where none was tried.
+    """
     known = _read(root / FILE)
     found = {}
     for method in _methods(protocol, scale):
@@ -68,12 +71,13 @@ def _score(known: Mapping[str, Any], method: str, candidate: Mapping[str, Any]) 
 
 def _tried(protocol: Protocol, group: Group) -> list[tuple[dict[str, Any], Mapping[str, np.ndarray], Config]]:
     """The metrics of candidates that differ in one number, trained side by side in one program."""
-    seeds = {"seeds": protocol.tuning.seeds, "first_seed": protocol.tuning.first_seed}
+    count, first = protocol.tuning.seeds, protocol.tuning.first_seed
     if len(group) == 1:
         ((config, candidate),) = group
-        return [(candidate, run(config, **seeds).metrics, config)]
+        return [(candidate, run(config, seeds=count, first_seed=first).metrics, config)]
     field = _differing([config for config, _ in group])
-    found = run_sweep(group[0][0], {f"plasticity.{field}": [_numbers(config)[str(field)] for config, _ in group]}, **seeds)
+    swept = {f"plasticity.{field}": [_numbers(config)[str(field)] for config, _ in group]}
+    found = run_sweep(group[0][0], swept, seeds=count, first_seed=first)
     return [(candidate, result.metrics, config) for result, (config, candidate) in zip(found.values(), group, strict=True)]
 
 
@@ -97,7 +101,10 @@ def _numbers(config: Config) -> dict[str, Any]:
 def _differing(configs: Sequence[Config]) -> str | None:
     """The one number in which all of these differ; None if they do not, or differ in anything else."""
     names = [name for name in _numbers(configs[0]) if len({_numbers(config).get(name) for config in configs}) == len(configs)]
-    rest = [replace(config.plasticity, options={key: value for key, value in config.plasticity.options.items() if key not in names}) for config in configs]
+    rest = [
+        replace(config.plasticity, options={key: value for key, value in config.plasticity.options.items() if key not in names})
+        for config in configs
+    ]
     alike = all(section == rest[0] for section in rest)
     return names[0] if len(names) == 1 and alike and all(names[0] in _numbers(config) for config in configs) else None
 
