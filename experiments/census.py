@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from knife_jax.program import make_program
 from knife_jax.run_result import RunResult
-from knife_jax.statistics import mean_estimate
+from knife_jax.statistics import continuous_estimate
 
 KINDS = {"stagnant": "stagnant (KNIFE)", "dormant": "dormant (ReDo)", "inactive": "inactive (GraMa)"}
 
@@ -99,18 +99,27 @@ def _heat_map(axes: Axes, run: RunResult, kind: str) -> object:
 
 def _section(place: Place, run: RunResult) -> list[str]:
     """A table of one game and learner: first task, last task, and what changed."""
-    head = ("layer", "units", "stagnant, first task", "stagnant, end", "change", "dormant, end", "inactive, end", "share of all stagnant units")
+    head = (
+        "layer",
+        "units",
+        "stagnant, first task",
+        "stagnant, end",
+        "change",
+        "dormant, end",
+        "inactive, end",
+        "share of all stagnant units",
+    )
     lines = [f"## {place}", "", f"{run.provenance['seeds']} seeds.", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     by_kind, sizes = {kind: share_by_layer(run, kind) for kind in KINDS}, units(run)
     stuck = {layer: sizes[layer] * values[:, -1] for layer, values in by_kind["stagnant"].items()}
     everywhere = np.maximum(sum(stuck.values(), np.zeros(len(next(iter(stuck.values()))))), 1e-9)
     for layer, values in by_kind["stagnant"].items():
         estimates = (
-            mean_estimate(values[:, 0]),
-            mean_estimate(values[:, -1]),
-            mean_estimate(values[:, -1] - values[:, 0]),
-            *(mean_estimate(by_kind[kind][layer][:, -1]) for kind in ("dormant", "inactive")),
-            mean_estimate(stuck[layer] / everywhere),
+            continuous_estimate(values[:, 0]),
+            continuous_estimate(values[:, -1]),
+            continuous_estimate(values[:, -1] - values[:, 0]),
+            *(continuous_estimate(by_kind[kind][layer][:, -1]) for kind in ("dormant", "inactive")),
+            continuous_estimate(stuck[layer] / everywhere),
         )
         lines.append("| " + " | ".join([layer, str(sizes[layer]), *map(str, estimates)]) + " |")
     return [*lines, "", "Means over seeds with 95 % intervals; changes are paired by seed.", ""]

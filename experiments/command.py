@@ -36,7 +36,9 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
     parser.add_argument("--seeds", type=int, help="how many seeds, if not as many as the scale says")
     parser.add_argument("--out", type=Path, help="where results are, and go on from (runs/experiments/NAME/SCALE)")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of what is trained, such as '*/qmix/knife'")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th of what is to be trained, from the I-th on; for N machines")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="every N-th of what is to be trained, from the I-th on; for N machines"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is and what is missing, and train nothing")
     given = parser.parse_args(arguments)
     root = given.out or Path("runs") / "experiments" / name / given.scale
@@ -45,12 +47,15 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
     try:
         if given.seeds is not None and given.seeds < 1:
             raise ValueError(f"--seeds: at least 1, got {given.seeds}")
+        part = _part_of(given.part)
         tuned = described.scales[given.scale].tuned
         if tuned and not given.list:
             tuning.tune(described, given.scale, root, console.print)
         chosen = tuning.chosen(described, given.scale, root) if tuned else None
         wanted = [cell for cell in protocol.cells(described, given.scale, seeds=given.seeds, chosen=chosen) if _matches(cell, given.only)]
-        wanted = _part(wanted, given.part)
+        if not wanted:
+            raise ValueError(f"--only: nothing is called SETTING/MIXER/METHOD as in {' '.join(given.only)}; --list says what there is")
+        wanted = wanted[part]
         if given.list:
             for cell in wanted:
                 console.print(f"{'done   ' if (root / cell.file).exists() else 'missing'} {cell.file}", soft_wrap=True)
@@ -75,8 +80,8 @@ def _matches(cell: Cell, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch("/".join(cell.file.parts[:3]), pattern) for pattern in patterns)
 
 
-def _part(wanted: list[Cell], part: str) -> list[Cell]:
+def _part_of(part: str) -> slice:
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ValueError(f"--part: expected I/N with I from 1 to N, got {part!r}")
-    return wanted[int(index) - 1 :: int(count)]
+    return slice(int(index) - 1, None, int(count))

@@ -16,7 +16,7 @@ from experiments import cells
 from experiments.distilling import TEACHERS
 from experiments.protocol import Protocol, shared_part
 from knife_jax.config import Config
-from knife_jax.statistics import Estimate, mean_estimate, normal_estimates
+from knife_jax.statistics import Estimate, continuous_estimate, normal_estimates
 
 FRESH = "fresh"
 """The start that others are compared with."""
@@ -124,7 +124,7 @@ def _of(teacher: int) -> str:
 def _before(pupils: Mapping[str, Pupil]) -> list[str]:
     """The share of stuck units that the sequence left."""
     shares = next(iter(pupils.values())).shares
-    said = ", ".join(f"{name.replace('/', ' ')} {mean_estimate(values)}" for name, values in shares.items())
+    said = ", ".join(f"{name.replace('/', ' ')} {continuous_estimate(values)}" for name, values in shares.items())
     return [f"Units at the end of the sequence, before any cure: {said}."]
 
 
@@ -137,7 +137,11 @@ def _table(pupils: Mapping[str, Pupil]) -> list[str]:
         estimates: list[Estimate | None] = []
         for teacher in range(len(TEACHERS)):
             errors = pupil.errors[:, teacher]
-            estimates += [mean_estimate(errors[:, -1]), mean_estimate(errors.mean(axis=1)), _against_fresh(pupils, method, teacher)]
+            estimates += [
+                continuous_estimate(errors[:, -1]),
+                continuous_estimate(errors.mean(axis=1)),
+                _against_fresh(pupils, method, teacher),
+            ]
         lines.append("| " + " | ".join([method, str(len(pupil.errors)), *("" if one is None else str(one) for one in estimates)]) + " |")
     note = (
         "Decimal logarithms of the unexplained share of the targets' variance (0: as good as their mean; -2: 1 % is left), at the end and as a "
@@ -151,6 +155,4 @@ def _against_fresh(pupils: Mapping[str, Pupil], method: str, teacher: int) -> Es
     own, fresh = pupils[method], pupils.get(FRESH)
     if fresh is None or method == FRESH or len(fresh.errors) != len(own.errors):
         return None
-    return mean_estimate((own.errors[:, teacher] - fresh.errors[:, teacher]).mean(axis=1))
-
-
+    return continuous_estimate((own.errors[:, teacher] - fresh.errors[:, teacher]).mean(axis=1))

@@ -73,7 +73,9 @@ def make_lesson(config: Config) -> Callable[[PRNGKeyArray], Lesson]:
     program = make_program(config)
     networks, order = program.networks, program.networks.tasks.order
     if len(order) == 1 or order[0] != order[-1]:
-        raise ValueError(f"env.scenario: a sequence of tasks that ends with its first is needed; {config.env.scenario!r} has the order {order}")
+        raise ValueError(
+            f"env.scenario: a sequence of tasks that ends with its first is needed; {config.env.scenario!r} has the order {order}"
+        )
 
     def lesson(key: PRNGKeyArray) -> Lesson:
         key, key_data, key_teacher = jax.random.split(key, 3)
@@ -205,9 +207,7 @@ def _treated(key: PRNGKeyArray, lesson: Lesson, networks: Networks, program: Pro
     return learner.intervene(key_cure, watched, nobody, networks, hyper)[0]
 
 
-def _distilled(
-    start: LearnerState, networks: Networks, data: Sequences, targets: Float[Array, "T B 1"], steps: int
-) -> Float[Array, "N+1"]:
+def _distilled(start: LearnerState, networks: Networks, data: Sequences, targets: Float[Array, "T B 1"], steps: int) -> Float[Array, "N+1"]:
     """Learns the targets with a fresh state of the optimizer; the unexplained share of their variance along the way."""
     hyper, counts = networks.config.hyper, _counts(data)
     tx = networks.cure(hyper).wrap_optimizer(learner.make_optimizer(networks.config, hyper))

@@ -59,12 +59,12 @@ def sequence(run: RunResult, measure: Measure) -> Sequence:
     final, area = continual.final_performance(heights), continual.area_under_curve(heights)
     first = min(1, final.shape[1] - 1)
     over = continual.sequence_measures(heights, everywhere, run.task_order)
-    return Sequence(final, area, final[:, first:].mean(axis=1), area[:, first:].mean(axis=1), over.average, over.forgetting, over.plasticity)
+    return Sequence(
+        final, area, final[:, first:].mean(axis=1), area[:, first:].mean(axis=1), over.average, over.forgetting, over.plasticity
+    )
 
 
-def forward_transfer(
-    area: Float[np.ndarray, "S P"], fresh: Float[np.ndarray, "S P"], best: float = 1.0
-) -> Float[np.ndarray, "S"]:
+def forward_transfer(area: Float[np.ndarray, "S P"], fresh: Float[np.ndarray, "S P"], best: float = 1.0) -> Float[np.ndarray, "S"]:
     """How much higher the curves of tasks after the first are than those of a fresh network on the same tasks.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from experiments import cells, census, protocol, tables, tuning
+from experiments import cells, census, protocol, tables
 from experiments.census import Place
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.run_result import RunResult
@@ -59,8 +59,7 @@ def collect(experiment: str, method: str, scale: str, root: Path, train: bool, c
         console.print(f"{experiment}: has no scale {scale}")
         return {}
     if train:
-        chosen = tuning.chosen(described, scale, root)
-        for cell in protocol.cells(described, scale, chosen=chosen):
+        for cell in protocol.cells(described, scale):
             if cell.method == method and cells.train(cell, root):
                 console.print(f"trained {experiment}/{cell.file}", soft_wrap=True)
     found = {}

@@ -15,7 +15,6 @@ from experiments.tables import Claim, Row
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import Estimate
 
-
 OWN: Mapping[str, Callable[[Protocol, str, Path], Path]] = {"distillation": distillation_report.write_report}
 """Experiments whose files hold no runs."""
 ACROSS: Mapping[str, Callable[[shares.Groups, Path], list[str]]] = {"stationary": shares.sections}
@@ -68,13 +67,36 @@ def _section(described: Protocol, setting: str, mixer: str, runs: Mapping[str, R
 
 
 def _table(rows: Mapping[str, Row]) -> list[str]:
-    head = ("method", "seeds", "final, later tasks", "area, later tasks", "all tasks at the end", "forgetting", "transfer", "against none", "P(better than none)")
+    head = (
+        "method",
+        "seeds",
+        "final, later tasks",
+        "area, later tasks",
+        "all tasks at the end",
+        "forgetting",
+        "transfer",
+        "against none",
+        "P(better than none)",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, row in sorted(rows.items(), key=lambda item: -item[1].later.value):
-        estimates: Iterable[Estimate | None] = (row.later, row.area, row.average, row.forgetting, row.transfer, row.against, row.improvement)
+        estimates: Iterable[Estimate | None] = (
+            row.later,
+            row.area,
+            row.average,
+            row.forgetting,
+            row.transfer,
+            row.against,
+            row.improvement,
+        )
         cells = [method + STAR * row.boundaries, str(row.seeds), *("" if value is None else str(value) for value in estimates)]
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", STAR.strip() + " acts when tasks change, because its schedule says so. Means over seeds, 95 % intervals; differences are paired by seed."]
+    return [
+        *lines,
+        "",
+        STAR.strip()
+        + " acts when tasks change, because its schedule says so. Means over seeds, 95 % intervals; differences are paired by seed.",
+    ]
 
 
 def _claims(found: Sequence[Claim]) -> list[str]:
@@ -89,7 +111,12 @@ def _foretelling(found: Mapping[str, Estimate]) -> list[str]:
         return []
     ordered = sorted(found.items(), key=lambda item: -abs(item[1].value - 0.5))
     lines = [f"| {name} | {area} |" for name, area in ordered]
-    head = ["### What foretells failure on the next task, without a cure", "", "Area under the ROC curve of a number at a task's end; 0.5 is chance.", ""]
+    head = [
+        "### What foretells failure on the next task, without a cure",
+        "",
+        "Area under the ROC curve of a number at a task's end; 0.5 is chance.",
+        "",
+    ]
     return [*head, "| score | area |", "|---|---|", *lines, ""]
 
 
@@ -108,17 +135,12 @@ def _tuning(root: Path) -> list[str]:
         return []
     content = json.loads(path.read_text())
     lines = ["## Options", ""]
-    lines += [
-        f"Chosen on {content['mixer']}, {content['setting']}, seeds from {content['first_seed']} on ({content['seeds']} each), by the mean height of the "
-        "curves after the first task.",
-        "",
-    ]
-    for method, entry in content["methods"].items():
-        tried = "; ".join(
-            f"{'**' if index == entry['chosen'] else ''}{json.dumps(candidate)} {score:.3f}{'**' if index == entry['chosen'] else ''}"
-            for index, (candidate, score) in enumerate(zip(entry["candidates"], entry["scores"], strict=True))
-        )
-        lines.append(f"* {method}: {tried}")
+    where = f"{content['mixer']}, {content['setting']}, seeds from {content['first_seed']} on ({content['seeds']} each)"
+    lines += [f"Chosen on {where}, by the mean height of the curves after the first task.", ""]
+    for method, tried in content["tried"].items():
+        best = max(tried, key=lambda entry: entry["score"])
+        said = (f"{'**' * (entry is best)}{json.dumps(entry['options'])} {entry['score']:.3f}{'**' * (entry is best)}" for entry in tried)
+        lines.append(f"* {method}: {'; '.join(said)}")
     return lines
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from knife_jax.plan import make_game, make_plan
 from knife_jax.run_result import RunResult
-from knife_jax.statistics import mean_estimate, normal_estimates
+from knife_jax.statistics import continuous_estimate, normal_estimates
 
 Groups = Mapping[tuple[str, str], Mapping[str, RunResult]]
 """Runs by setting and learner, then by method."""
@@ -30,7 +30,9 @@ def sections(groups: Groups, pictures: Path) -> list[str]:
         own = {place: runs[method] for place, runs in groups.items() if method in runs}
         drawn[f"over_training-{method}"] = over_training(own, f"{method}: shares of units over training")
         if len({replay_ratio(run) for run in own.values()}) > 1:
-            drawn[f"replay_ratio-{method}"] = against_ratio(own, f"{method}: shares of units at the end of training, against the replay ratio")
+            drawn[f"replay_ratio-{method}"] = against_ratio(
+                own, f"{method}: shares of units at the end of training, against the replay ratio"
+            )
     for name, figure in drawn.items():
         figure.savefig(pictures / f"{name}.png", dpi=90)
     table = _table(groups)
@@ -71,7 +73,7 @@ def against_ratio(runs: Mapping[tuple[str, str], RunResult], title: str) -> Figu
         for index, (label, own) in enumerate(lines.items()):
             name = f"plasticity/{network}/{kind}"
             present = [run for run in own if name in run.metrics]
-            ends = np.array([mean_estimate(run.metrics[name][:, -1]) for run in present])
+            ends = np.array([continuous_estimate(run.metrics[name][:, -1]) for run in present])
             if not present:
                 continue
             ratios = np.array([replay_ratio(run) for run in present]) * 1.03**index
@@ -109,7 +111,11 @@ def _table(groups: Groups) -> list[str]:
     for (setting, mixer), runs in groups.items():
         for method, run in runs.items():
             names = [f"plasticity/{network}/{kind}" for network in NETWORKS for kind in KINDS]
-            ends = [str(mean_estimate(run.metrics[name][:, -1])) if name in run.metrics else "" for name in names]
+            ends = [str(continuous_estimate(run.metrics[name][:, -1])) if name in run.metrics else "" for name in names]
             row = [setting, mixer, method, str(run.provenance["seeds"]), f"{replay_ratio(run):g}", *ends]
             lines.append("| " + " | ".join(row) + " |")
-    return [*lines, "", "Shares of units at the end of training, means over seeds with 95 % intervals; the ratio is gradient steps for 256 environment steps."]
+    return [
+        *lines,
+        "",
+        "Shares of units at the end of training, means over seeds with 95 % intervals; the ratio is gradient steps for 256 environment steps.",
+    ]

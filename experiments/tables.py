@@ -15,7 +15,7 @@ from experiments.measures import Measure, Sequence
 from experiments.protocol import Protocol, shared_part
 from knife_jax.results import FEWEST_SEEDS
 from knife_jax.run_result import RunResult
-from knife_jax.statistics import Estimate, mean_estimate, probability_of_improvement
+from knife_jax.statistics import Estimate, continuous_estimate, mean_estimate, probability_of_improvement
 
 CEILING = "fresh"
 """The method that draws all networks anew at every task: what there was to reach."""
@@ -43,9 +43,11 @@ class Row(NamedTuple):
         area: mean height of their learning curves.
         average: performance on all tasks at the end of the sequence.
         forgetting: what is gone of each task's final performance by then.
-        transfer: height of the curves after the first task, as a share of what lies between a fresh network's and 1; None without fresh ones.
-        against: paired difference of `later` to `none`; None for `none`, or if other seeds were trained.
+        transfer: how much of what lies between a fresh network's curves and 1 is gained, see `measures.forward_transfer`.
+        against: paired difference of `later` to `none`.
         improvement: the chance that a seed of it has a higher `later` than one of `none`.
+
+    The last three are None where there is nothing to compare with, or other seeds were trained.
     """
 
     boundaries: bool
@@ -87,8 +89,20 @@ def load_group(root: Path, setting: str, mixer: str, methods: list[str]) -> dict
 
 def knows_boundaries(run: RunResult) -> bool:
     """Whether the cure acts at the moments when tasks change because its schedule says so."""
-    cure, plan = run.config.plasticity, run.metrics["updates"].reshape(-1, len(run.task_order), run.metrics["updates"].shape[-1] // len(run.task_order))
-    if cure.name in ("none", "wide_none", "layer_norm", "l2_init", "weight_decay", "spectral", "continual_backprop", "self_normalized_resets"):
+    cure, plan = (
+        run.config.plasticity,
+        run.metrics["updates"].reshape(-1, len(run.task_order), run.metrics["updates"].shape[-1] // len(run.task_order)),
+    )
+    if cure.name in (
+        "none",
+        "wide_none",
+        "layer_norm",
+        "l2_init",
+        "weight_decay",
+        "spectral",
+        "continual_backprop",
+        "self_normalized_resets",
+    ):
         return False
     a_task = int(plan[0, -1, -1] - plan[0, -1, 0])
     every = cure.interval_updates or a_task
@@ -115,7 +129,7 @@ def _row(run: RunResult, found: Mapping[str, Sequence], method: str) -> Row:
         average=mean_estimate(own.average),
         forgetting=mean_estimate(own.forgetting),
         transfer=transfer,
-        against=mean_estimate(own.later - none.later) if none is not None and paired else None,
+        against=continuous_estimate(own.later - none.later) if none is not None and paired else None,
         improvement=probability_of_improvement(own.later, none.later) if none is not None and paired else None,
     )
 
@@ -148,7 +162,7 @@ def _above(sentence: str, later: Mapping[str, np.ndarray], better: str, others: 
         return None
     if len(later[better]) < FEWEST_SEEDS:
         return Claim(sentence, "undecided", (f"fewer than {FEWEST_SEEDS} seeds",))
-    differences = {other: mean_estimate(later[better] - later[other]) for other in present}
+    differences = {other: continuous_estimate(later[better] - later[other]) for other in present}
     if all(difference.low > -margin for difference in differences.values()):
         verdict: Verdict = "supported"
     elif any(difference.high < -margin for difference in differences.values()):

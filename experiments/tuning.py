@@ -6,6 +6,7 @@ Shapes: S seeds.
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,45 @@ import numpy as np
 from experiments.measures import later_performance
 from experiments.protocol import Protocol, configuration
 from knife_jax.config import Config
-from knife_jax.plasticity.registry import options_of
 from knife_jax.runner import run, run_sweep
 
 FILE = "tuning.json"
+Group = list[tuple[Config, dict[str, Any]]]
+"""Candidates, each with its configuration."""
 
 
-def tune(protocol: Protocol, scale: str, root: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
-    """Tries every candidate of every method that the scale trains, and remembers what it found in `tuning.json`.
+def tune(protocol: Protocol, scale: str, root: Path, say: Callable[[str], None] = print) -> None:
+    """Tries every candidate of every method that the scale trains, and remembers the scores in `tuning.json`.
 
-    What is chosen is the candidate with the highest mean performance on the tasks after the first (`measures.later_performance`), the
-    earlier one of equals; methods with one candidate are not tried. A method that the file has, with the same candidates, is not tried
-    again.
-
-    Returns:
-        The section `plasticity` chosen for each method.
+    A score is the mean performance on the tasks after the first (`measures.later_performance`). Methods with one candidate are not tried,
+    and nothing is tried twice.
     """
-    path, methods = root / FILE, _methods(protocol, scale)
-    known = _read(path)
+    path, known = root / FILE, _read(root / FILE)
     setting, mixer = next(iter(protocol.settings)), next(iter(protocol.mixers))
-    for method in methods:
+    about = {"setting": setting, "mixer": mixer, "seeds": protocol.tuning.seeds, "first_seed": protocol.tuning.first_seed}
+    for method in _methods(protocol, scale):
         candidates = protocol.methods[method]
-        if len(candidates) == 1 or known.get(method, {}).get("candidates") == candidates:
+        missing = [candidate for candidate in candidates if _score(known, method, candidate) is None]
+        if len(candidates) == 1 or not missing:
             continue
-        configs = [configuration(protocol, protocol.tuning, setting, mixer, candidate) for candidate in candidates]
-        scores = [float(np.mean(later_performance(metrics, config, protocol.measure))) for metrics, config in _tried(protocol, configs)]
-        known[method] = {"candidates": candidates, "scores": scores, "chosen": int(np.argmax(scores))}
-        about = {"setting": setting, "mixer": mixer, "seeds": protocol.tuning.seeds, "first_seed": protocol.tuning.first_seed}
-        _write(path, {**about, "measure": protocol.measure, "methods": known})
-        say(f"tuned {method}: {_described(candidates, scores)}")
-    return chosen(protocol, scale, root)
+        for group in _side_by_side([(configuration(protocol, protocol.tuning, setting, mixer, one), one) for one in missing]):
+            for candidate, metrics, config in _tried(protocol, group):
+                score = float(np.mean(later_performance(metrics, config, protocol.measure)))
+                known.setdefault(method, []).append({"options": candidate, "score": score})
+                say(f"tuning {method}: {candidate} {score:.3f}")
+            _write(path, {**about, "measure": protocol.measure, "tried": known})
 
 
 def chosen(protocol: Protocol, scale: str, root: Path) -> dict[str, dict[str, Any]]:
-    """The section `plasticity` of each method as far as they are chosen; of the others, the first candidate."""
-    known, found = _read(root / FILE), {}
+    """The section `plasticity` of each method.
+
+    That is the candidate with the highest score, the earlier one of equals, or the first where none was tried.
+    """
+    known = _read(root / FILE)
+    found = {}
     for method in _methods(protocol, scale):
-        candidates = protocol.methods[method]
-        entry = known.get(method, {})
-        found[method] = candidates[entry["chosen"] if entry.get("candidates") == candidates else 0]
+        scores = [_score(known, method, candidate) for candidate in protocol.methods[method]]
+        found[method] = protocol.methods[method][int(np.argmax([-np.inf if score is None else score for score in scores]))]
     return found
 
 
@@ -61,38 +62,51 @@ def _methods(protocol: Protocol, scale: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())["methods"] if path.exists() else {}
+    return json.loads(path.read_text())["tried"] if path.exists() else {}
 
 
-def _tried(protocol: Protocol, configs: Sequence[Config]) -> list[tuple[Mapping[str, np.ndarray], Config]]:
-    """The metrics of every candidate; those that differ in one number that is data are trained side by side in one program."""
-    seeds = {"seeds": protocol.tuning.seeds, "first_seed": protocol.tuning.first_seed}
-    field = _swept_field(configs)
-    if field is None:
-        return [(run(config, **seeds).metrics, config) for config in configs]
-    values = [config.hyper["plasticity"][field] for config in configs]
-    found = run_sweep(configs[0], {f"plasticity.{field}": values}, **seeds)
-    return [(result.metrics, config) for result, config in zip(found.values(), configs, strict=True)]
+def _score(known: Mapping[str, Any], method: str, candidate: Mapping[str, Any]) -> float | None:
+    return next((entry["score"] for entry in known.get(method, ()) if entry["options"] == candidate), None)
 
 
-def _swept_field(configs: Sequence[Config]) -> str | None:
-    """The one number in which some configurations differ, if that is all and it may be traced."""
-    numbers = [config.hyper.get("plasticity", {}) for config in configs]
-    differing = [name for name in numbers[0] if len({values.get(name) for values in numbers}) > 1]
-    if len(differing) != 1 or None in {values.get(differing[0]) for values in numbers}:
-        return None
-    name = configs[0].plasticity.name
-    (option,) = differing
-    if any(config.plasticity.name != name for config in configs) or "+" in name or not options_of(name)[option].swept:
-        return None
-    without = [{key: value for key, value in config.plasticity.options.items() if key != option} for config in configs]
-    same = all(rest == without[0] and config.plasticity.when == configs[0].plasticity.when for rest, config in zip(without, configs, strict=True))
-    same &= len({config.plasticity.interval_updates for config in configs}) == 1
-    return option if same else None
+def _tried(protocol: Protocol, group: Group) -> list[tuple[dict[str, Any], Mapping[str, np.ndarray], Config]]:
+    """The metrics of candidates that differ in one number, trained side by side in one program."""
+    count, first = protocol.tuning.seeds, protocol.tuning.first_seed
+    if len(group) == 1:
+        ((config, candidate),) = group
+        return [(candidate, run(config, seeds=count, first_seed=first).metrics, config)]
+    field = _differing([config for config, _ in group])
+    swept = {f"plasticity.{field}": [_numbers(config)[str(field)] for config, _ in group]}
+    found = run_sweep(group[0][0], swept, seeds=count, first_seed=first)
+    return [(candidate, result.metrics, config) for result, (config, candidate) in zip(found.values(), group, strict=True)]
 
 
-def _described(candidates: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> str:
-    return ", ".join(f"{candidate} {score:.3f}" for candidate, score in zip(candidates, scores, strict=True))
+def _side_by_side(tried: Group) -> list[Group]:
+    """Parts of candidates that one program can train: alike but for one number that may be traced."""
+    groups: list[Group] = []
+    for pair in tried:
+        for group in groups:
+            if _differing([config for config, _ in [*group, pair]]) is not None:
+                group.append(pair)
+                break
+        else:
+            groups.append([pair])
+    return groups
+
+
+def _numbers(config: Config) -> dict[str, Any]:
+    return config.hyper.get("plasticity", {})
+
+
+def _differing(configs: Sequence[Config]) -> str | None:
+    """The one number in which all of these differ; None if they do not, or differ in anything else."""
+    names = [name for name in _numbers(configs[0]) if len({_numbers(config).get(name) for config in configs}) == len(configs)]
+    rest = [
+        replace(config.plasticity, options={key: value for key, value in config.plasticity.options.items() if key not in names})
+        for config in configs
+    ]
+    alike = all(section == rest[0] for section in rest)
+    return names[0] if len(names) == 1 and alike and all(names[0] in _numbers(config) for config in configs) else None
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from knife_jax import continual, results
 from knife_jax.config import Config, parse_yaml
 from knife_jax.results import FEWEST_SEEDS, curves_of
 from knife_jax.run_result import RunResult
-from knife_jax.statistics import Estimate, mean_estimate, probability_of_improvement
+from knife_jax.statistics import Estimate, continuous_estimate, mean_estimate, probability_of_improvement
 
 
 class Comparison(NamedTuple):
@@ -101,7 +101,7 @@ def compare(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Compari
     final = {method: continual.final_performance(curves_of(run, name)) for method, run in runs.items()}
     reference, *others = final
     later = {method: values[:, min(1, values.shape[1] - 1) :].mean(axis=1) for method, values in final.items()}
-    against = {method: mean_estimate(later[method] - later[reference]) for method in others}
+    against = {method: continuous_estimate(later[method] - later[reference]) for method in others}
     seeds = len(final[reference])
     improvement = {method: probability_of_improvement(later[method], later[reference]) for method in others}
     sentences = tuple(_sentence(method, reference, difference, seeds) for method, difference in against.items())

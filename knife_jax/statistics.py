@@ -54,6 +54,14 @@ def mean_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
     return _bootstrap(values, np.mean)
 
 
+def continuous_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
+    """The mean over seeds of numbers that are no successes (differences, shares of units), with a percentile bootstrap interval.
+
+    Unlike `mean_estimate` it does not take zeros and ones for coins; equal values give an interval without width. NaNs are left out.
+    """
+    return _bootstrap(values, np.mean)
+
+
 def probability_of_improvement(better: Float[np.ndarray, "S"], worse: Float[np.ndarray, "Z"]) -> Estimate:
     """The chance that a random seed of the first does better than a random seed of the second, ties counting half.
 

@@ -38,13 +38,16 @@ def made_up(config: Config, seeds: int, first_seed: int = 0, won: np.ndarray | N
     if won is not None:
         metrics["eval/won"] = won.reshape(seeds, -1).astype(np.float32)
     metrics |= {
-        f"all_tasks/{name}": rng.random((seeds, positions, len(tasks.names))).astype(np.float32) for name in ("won", "return", "optimum_share")
+        f"all_tasks/{name}": rng.random((seeds, positions, len(tasks.names))).astype(np.float32)
+        for name in ("won", "return", "optimum_share")
     }
     updates = plan.rounds_per_evaluation * config.train.updates_per_round
     steps = updates * (np.arange(within) + (within - 1) * np.arange(positions)[:, None]).ravel()
     metrics["updates"] = np.broadcast_to(steps, rows)
     metrics["env_steps"] = plan.env_steps_at_evaluations(positions).ravel()
-    names = [f"{network}/{share}" for network in ("agent", "mixer") for share in ("stagnant", "dormant", "inactive", "grad_norm", "weight_norm")]
+    names = [
+        f"{network}/{share}" for network in ("agent", "mixer") for share in ("stagnant", "dormant", "inactive", "grad_norm", "weight_norm")
+    ]
     names += [f"{layer}/{share}" for layer in LAYERS for share in ("stagnant", "dormant", "inactive")]
     metrics |= {f"plasticity/{name}": rng.random(rows).astype(np.float32) for name in names}
     provenance = {"seeds": seeds, "first_seed": first_seed, "run_seconds": 1.0, "compile_seconds": 1.0}

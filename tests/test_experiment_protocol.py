@@ -78,8 +78,12 @@ def test_what_is_counted_exists(name):
 
 def test_seeds_are_cut_into_files():
     """The last file holds what is left over."""
-    described = protocol.read("matrix_drift").model_copy(update={"scales": {"s": protocol.Scale(seeds=7, seeds_per_file=3, methods=["none"])}})
-    batches = [(cell.first_seed, cell.seeds) for cell in protocol.cells(described, "s") if (cell.setting, cell.mixer) == ("rewards_1", "qmix")]
+    described = protocol.read("matrix_drift").model_copy(
+        update={"scales": {"s": protocol.Scale(seeds=7, seeds_per_file=3, methods=["none"])}}
+    )
+    batches = [
+        (cell.first_seed, cell.seeds) for cell in protocol.cells(described, "s") if (cell.setting, cell.mixer) == ("rewards_1", "qmix")
+    ]
     assert batches == [(0, 3), (3, 3), (6, 1)]
     fewer = {(cell.first_seed, cell.seeds) for cell in protocol.cells(described, "s", seeds=2)}
     assert fewer == {(0, 2)}
