@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from knife_jax.program import make_program
 from knife_jax.run_result import RunResult
@@ -86,7 +87,7 @@ def heat_maps(runs: Mapping[Place, RunResult], kind: str) -> Figure:
     return figure
 
 
-def _heat_map(axes: Axes, run: RunResult, kind: str) -> object:
+def _heat_map(axes: Axes, run: RunResult, kind: str) -> AxesImage:
     shares = {layer: values.mean(axis=0) for layer, values in share_by_layer(run, kind).items()}
     sizes, table = units(run), np.array(list(shares.values()))
     image = axes.imshow(table, vmin=0, vmax=1, cmap="magma_r", aspect="auto")

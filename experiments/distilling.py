@@ -81,8 +81,8 @@ def make_lesson(config: Config) -> Callable[[PRNGKeyArray], Lesson]:
         key, key_data, key_teacher = jax.random.split(key, 3)
         state, first, shares = _live(program, key)
         data = _draw(key_data, program, state.replay)
-        said = [_values({"params": params, "reserve": {}}, networks, data) for params in (first, draw_params(key_teacher, networks))]
-        return Lesson(state.learner, state.replay, data, _alike(*said, _counts(data)), shares)
+        own, random = (_values({"params": params, "reserve": {}}, networks, data) for params in (first, draw_params(key_teacher, networks)))
+        return Lesson(state.learner, state.replay, data, _alike(own, random, _counts(data)), shares)
 
     return lesson
 

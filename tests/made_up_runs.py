@@ -34,7 +34,9 @@ def made_up(config: Config, seeds: int, first_seed: int = 0, won: np.ndarray | N
     within = plan.evaluations_per_task + 1
     rng = np.random.default_rng(first_seed)
     rows = (seeds, positions * within)
-    metrics = {f"eval/{name}": rng.random(rows).astype(np.float32) for name in ("won", "return", "optimum_share", "length")}
+    metrics: dict[str, np.ndarray] = {
+        f"eval/{name}": rng.random(rows).astype(np.float32) for name in ("won", "return", "optimum_share", "length")
+    }
     if won is not None:
         metrics["eval/won"] = won.reshape(seeds, -1).astype(np.float32)
     metrics |= {
