@@ -94,7 +94,7 @@ def _heat_map(axes: Axes, run: RunResult, kind: str) -> AxesImage:
     axes.set_yticks(range(len(shares)), [f"{layer} ({sizes[layer]})" for layer in shares], fontsize=7)
     axes.set_xticks(range(len(run.task_order)), [run.task_names[task] for task in run.task_order], fontsize=7, rotation=30, ha="right")
     for (layer, position), value in np.ndenumerate(table):
-        axes.text(position, layer, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.5 else "black")
+        axes.text(position, layer, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.45 else "black")
     return image
 
 

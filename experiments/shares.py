@@ -117,5 +117,5 @@ def _table(groups: Groups) -> list[str]:
     return [
         *lines,
         "",
-        "Shares of units at the end of training, means over seeds with 95 % intervals; the ratio is gradient steps for 256 environment steps.",
+        "Shares of units at the end of training, means over seeds with 95 % intervals. Ratio: gradient steps for 256 environment steps.",
     ]

@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "evaluation": {"per_task": 2},
 }
 """Two tasks and the first again, three evaluations each."""
-LAYERS = ("agent/hidden_1", "mixer/w1")
+LAYERS = ("agent/hidden_1", "mixer/w1_hidden")
 
 
 def small_config(**plasticity: Any) -> Config:

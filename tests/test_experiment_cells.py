@@ -26,9 +26,9 @@ def test_files_give_back_what_was_written(tmp_path):
         np.testing.assert_array_equal(loaded.metrics[name], result.metrics[name])
     np.testing.assert_array_equal(loaded.report["agent/hidden_1/treated"], [0.0, 1.0, 2.0])
     np.testing.assert_allclose(loaded.metrics["plasticity/mixer/dormant"], result.metrics["plasticity/mixer/dormant"], rtol=0.001)
-    ends = result.metrics["plasticity/mixer/w1/dormant"][:, [2, 5, 8]]
-    np.testing.assert_allclose(loaded.metrics["at_end/plasticity/mixer/w1/dormant"], ends, rtol=0.001)
-    assert "plasticity/mixer/w1/dormant" not in loaded.metrics and "eval/length" not in loaded.metrics
+    ends = result.metrics["plasticity/mixer/w1_hidden/dormant"][:, [2, 5, 8]]
+    np.testing.assert_allclose(loaded.metrics["at_end/plasticity/mixer/w1_hidden/dormant"], ends, rtol=0.001)
+    assert "plasticity/mixer/w1_hidden/dormant" not in loaded.metrics and "eval/length" not in loaded.metrics
 
 
 def test_numbers_without_a_mantissa_stay_what_they_are(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import cells, command, neuron_census, protocol, report, tuning
+from experiments.distilling import teach
 from tests.made_up_runs import made_up
 
 
@@ -34,12 +35,9 @@ def trained(monkeypatch):
     ],
 )
 def test_flags_that_do_not_fit(tmp_path, capsys, trained, flags, message):
-    """One line and 1; nothing is tuned, trained or written, at a scale that would be tuned."""
-    if flags[0] == "--only":
-        flags = [*flags, "--scale", "quick"]
-    else:
-        flags = [*flags, "--scale", "standard"]
-    assert command.main("matrix_drift", [*flags, "--out", str(tmp_path / "out")]) == 1
+    """One line and 1; nothing is tuned, trained or written, at a scale that would be tuned too."""
+    scale = "quick" if flags[0] == "--only" else "standard"
+    assert command.main("matrix_drift", [*flags, "--scale", scale, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert trained == [] and not (tmp_path / "out").exists()
@@ -149,3 +147,12 @@ def test_quick_from_end_to_end(tmp_path):
     start = [run.metrics["eval/return"][:, 0] for run in runs.values()]
     np.testing.assert_array_equal(start, [start[0]] * 3)
     assert "| knife" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "work"), [("stationary", None), ("distillation", teach)])
+def test_other_quick_scales_from_end_to_end(tmp_path, name, work):
+    """Every cell has its file, and the report shows a picture."""
+    assert command.main(name, ["--out", str(tmp_path)], work) == 0
+    assert all((tmp_path / cell.file).exists() for cell in protocol.cells(protocol.read(name), "quick"))
+    assert ".png)" in (tmp_path / "report.md").read_text()
