@@ -145,9 +145,9 @@ def _table(pupils: Mapping[str, Pupil]) -> list[str]:
         row = [method, str(len(pupil.errors)), *("" if one is None else str(one) for one in estimates)]
         lines.append("| " + " | ".join(row) + " |")
     note = (
-        "Decimal logarithms of the unexplained share of the targets' variance (0: as good as their mean; -2: 1 % is left), at the "
-        "end and as a mean over all records; lower is better. Means over seeds, 95 % intervals; differences are paired by seed, positive where a fresh "
-        "network learns faster."
+        "Decimal logarithms of the unexplained share of the targets' variance (0: as good as their mean; -2: 1 % is left), at the end "
+        "and as a mean over all records; lower is better. Means over seeds, 95 % intervals; differences are paired by seed, positive "
+        "where a fresh network learns faster."
     )
     return [*lines, "", note]
 
