@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis
 import jax
@@ -29,12 +29,13 @@ NAME = "mixer/mixing"
 class Net:
     """A small QMIX under `knife_mixing`, compiled once per set of options."""
 
-    def __init__(self, hypernet_layers=2, **options):
+    def __init__(self, hypernet_layers: Literal[1, 2] = 2, **options: Any):
         settings = QmixConfig(embed_size=UNITS, hypernet_size=6, hypernet_layers=hypernet_layers)
         config = Config(learner=LearnerConfig(mixer="qmix"), qmix=settings)
         self.module = QMIX(settings)
         self.graph = make_graph(mixers.neuron_layers(config), self._draw, mixers.REFUSED, mixers.mixing_layer(config))
-        self.method = knife_mixing(self.graph, **{"threshold": 1e9, "reserve": 1.0, "max_fraction": 0.5} | options)
+        defaults: dict[str, Any] = {"threshold": 1e9, "reserve": 1.0, "max_fraction": 0.5}
+        self.method = knife_mixing(self.graph, **defaults | options)
         self.tx = self.method.wrap_optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-2, weight_decay=1e-2)))
         self.lifted = self.method.lift(self.module.apply, ("mixer",))
         self.draw, self.fire, self.values = jax.jit(self._draw), jax.jit(self._fire), jax.jit(self.total)

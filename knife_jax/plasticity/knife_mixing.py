@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from knife_jax.networks.neurons import NeuronLayer
 from knife_jax.plasticity import mixing, scores
+from knife_jax.plasticity import release as releasing
 from knife_jax.plasticity import taps as tapping
 from knife_jax.plasticity.checks import check_choice, check_number
 from knife_jax.plasticity.composite import Placement, lowest, place_units
@@ -18,7 +19,7 @@ from knife_jax.plasticity.eligibility import reserve_size
 from knife_jax.plasticity.graph import Flat, Graph, flat, nested
 from knife_jax.plasticity.knife import drawn_once
 from knife_jax.plasticity.lift import lift
-from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method
+from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method, no_fading
 from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
 
 Choice = Literal["saturated", "stagnant", "random"]
@@ -32,11 +33,13 @@ class MixingState(NamedTuple):
         window: update activity of the units since the last intervention, over the columns of w1 and b1.
         seen: sums over the window, see `mixing.blank_taps`.
         error: summed root mean square of dL/dQ_tot over the window.
+        age: gradient steps since a slot was filled, `[R]`.
     """
 
     window: scores.Window
     seen: dict[str, Any]
     error: Array
+    age: Array
 
 
 class _Settings(NamedTuple):
@@ -46,6 +49,7 @@ class _Settings(NamedTuple):
     reference: MixingReference
     centred: bool
     optimizer_state: Treatment
+    release_updates: float | None
 
 
 def knife_mixing(
@@ -59,6 +63,7 @@ def knife_mixing(
     centred: bool = False,
     optimizer_state: Treatment = "fresh",
     when_full: Literal["skip"] | None = None,
+    release_updates: float | None = None,
     interventions: int | None = None,
 ) -> Method:
     """A variant of KNIFE for the layer that `knife` must leave alone: composites on QMIX's mixing units, monotone in every agent's value.
@@ -78,10 +83,11 @@ def knife_mixing(
             activity is; or as many `random` units as are saturated, a null control.
         max_fraction: of the units, at most so many per intervention (at least one), the lowest first.
         reference: of relative update activity, see `scores.relative_activity`; `error` needs `taps["error"]`.
-        centred: whether b1 of a fresh unit is shifted so that the mean values cancel at the window's mean features. Its ELU then starts
-            open however large the values are; as drawn it may start saturated.
+        centred: whether b1 of fresh units is shifted so that the mean values cancel at the window's mean features. Their ELUs then start
+            open however large the values are.
         optimizer_state: what becomes of rewritten entries, see `optimizer.Treatment`.
-        when_full: `skip` leaves units alone that find no slot (counted as `reserve_full`).
+        when_full: `skip` leaves units alone that find no slot (`reserve_full`).
+        release_updates: half-life, in gradient steps, with which K and the offset fade, see `release`; None: they stay.
         interventions: how many are planned; with it, a reserve that must run out is refused unless `when_full` says `skip`.
 
     Raises:
@@ -89,7 +95,7 @@ def knife_mixing(
             outside (0, 1].
 
     References:
-        A variant of this library; not part of Stagnant Neuron (arXiv 2606.25335). The layer: Rashid et al., QMIX, 2018.
+        A variant of this library, no part of Stagnant Neuron (arXiv 2606.25335). The layer: Rashid et al., QMIX, 2018.
     """
     if graph.mixing is None:
         raise ValueError("knife_mixing: these networks have no monotone mixing layer; QMIX has one (learner.mixer: qmix)")
@@ -100,8 +106,9 @@ def knife_mixing(
     check_choice("optimizer_state", optimizer_state, get_args(Treatment))
     check_choice("when_full", when_full or "skip", ("skip",))
     alone, layer = graph.mixing_alone, graph.mixing
+    releasing.check(alone, release_updates)
     slots = math.ceil(reserve_size(alone, reserve, max_fraction, interventions, when_full) * layer.size - 1e-9)
-    settings = _Settings(threshold, choose, max_fraction, reference, centred, optimizer_state)
+    settings = _Settings(threshold, choose, max_fraction, reference, centred, optimizer_state, release_updates)
     return method(
         "knife_mixing",
         has_reserve=True,
@@ -109,9 +116,10 @@ def knife_mixing(
         lift=partial(lift, replace(graph, layers=())),
         wrap_optimizer=aged if optimizer_state == "fresh" else lambda tx: tx,
         taps=lambda state: jax.tree.map(jnp.zeros_like, state.seen),
-        init=partial(_init, alone, layer),
+        init=partial(_init, alone, layer, slots),
         observe=partial(_observe, alone),
         apply=partial(_apply, graph, layer, settings),
+        fade=no_fading if release_updates is None else partial(_fade, layer, release_updates),
     )
 
 
@@ -119,13 +127,18 @@ def _allocate(layer: NeuronLayer, slots: int, variables: Variables) -> Variables
     return {**variables, "reserve": {layer.name: mixing.allocate(layer, flat(variables["params"]), slots)}}
 
 
-def _init(alone: Graph, layer: NeuronLayer, variables: Variables) -> MixingState:
-    return MixingState(scores.new_window(alone), mixing.blank_taps(layer, flat(variables["params"])), jnp.zeros(()))
+def _init(alone: Graph, layer: NeuronLayer, slots: int, variables: Variables) -> MixingState:
+    blank = mixing.blank_taps(layer, flat(variables["params"]))
+    return MixingState(scores.new_window(alone), blank, jnp.zeros(()), jnp.zeros(slots))
 
 
 def _observe(alone: Graph, state: MixingState, variables: Variables, grads: Any, taps: Any) -> MixingState:
     window = scores.watch(state.window, alone, flat(grads), flat(variables["params"]))
-    return MixingState(window, tapping.add(state.seen, taps), state.error + taps.get("error", 0.0))
+    return MixingState(window, tapping.add(state.seen, taps), state.error + taps.get("error", 0.0), state.age + 1)
+
+
+def _fade(layer: NeuronLayer, half_life: float, reserve: Any) -> Any:
+    return reserve | {layer.name: mixing.fade(reserve[layer.name], releasing.decay(half_life))}
 
 
 def _apply(
@@ -139,19 +152,25 @@ def _apply(
     fresh = flat(drawn_once(graph, key_draw))
     if settings.centred:
         fresh = mixing.centred(layer, fresh, features["w1"], at_q)
-    block = trees.variables["reserve"][layer.name]
-    place, said = _choose(layer, settings, key_choose, state, block["used"])
+    used = trees.variables["reserve"][layer.name]["used"]
+    freed = jnp.zeros_like(used)
+    if settings.release_updates is not None:
+        freed = used & releasing.expired(state.age, settings.release_updates)
+    place, said = _choose(layer, settings, key_choose, state, used & ~freed)
     done, rewritten = [], {}
     for variables in (trees.variables, trees.target):
         if variables is not None:
             leaves, own = flat(variables["params"]), variables["reserve"]
-            leaves, made, rewritten = mixing.inject(layer, leaves, own[layer.name], fresh, place, at_q)
+            block = own[layer.name] if settings.release_updates is None else mixing.release(own[layer.name], freed)
+            leaves, made, rewritten = mixing.inject(layer, leaves, block, fresh, place, at_q)
             done.append({**variables, "params": nested(leaves, variables["params"]), "reserve": own | {layer.name: made}})
     spread = jnp.sqrt(jnp.maximum(values["squared"] - jnp.square(at_q), 0.0))
     said["change"] = mixing.change_bound(layer, fresh, features, spread, place.redrawn)
     said["reserve_in_use"] = done[0]["reserve"][layer.name]["used"].sum()
     opt_state = _treat(settings, tx, trees, done[0]["params"], rewritten)
-    cleared = MixingState(scores.restart(state.window), jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error))
+    said |= {} if settings.release_updates is None else {"released": freed.sum()}
+    age = jnp.where(place.source < layer.size, 0.0, state.age)
+    cleared = MixingState(scores.restart(state.window), jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error), age)
     report = {f"{layer.name}/{name}": value.astype(jnp.float32) for name, value in said.items()}
     return cleared, Trees(done[0], done[1] if len(done) > 1 else None, opt_state, trees.states), report
 

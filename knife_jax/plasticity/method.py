@@ -54,6 +54,7 @@ class Method(NamedTuple):
         apply: `(key, state, trees, tx=None) -> (state, trees, report)`: the intervention; `tx` is the wrapped optimizer, needed where its
             state is to be rewritten. The report is `{"<layer>/<measure>": number}`.
         penalty: `(params, state) -> scalar` to add to the loss.
+        fade: `reserve -> reserve`: what becomes of the online network's reserve with every gradient step.
         has_reserve: whether it owns the collection `reserve`.
         every_update: whether `apply` is meant to run after every gradient step rather than on a schedule.
         state_sizes: `{layer: S}`, how many running states recurrent layers have under the lifted function where that is more than their
@@ -69,6 +70,7 @@ class Method(NamedTuple):
     observe: Callable[[Any, Variables, Params, Any], Any]
     apply: Callable[..., tuple[Any, Trees, Report]]
     penalty: Callable[[Params, Any], Float[Array, ""]]
+    fade: Callable[[Any], Any]
     every_update: bool = False
     has_reserve: bool = False
     state_sizes: Mapping[str, int] = MappingProxyType({})
@@ -89,6 +91,11 @@ def no_penalty(params: Params, state: Any) -> Float[Array, ""]:
     return jnp.zeros(())
 
 
+def no_fading(reserve: Any) -> Any:
+    """Leaves the reserve alone."""
+    return reserve
+
+
 def method(name: str, **functions: Any) -> Method:
     """A method that does nothing but what is given."""
     identities: dict[str, Any] = {
@@ -100,6 +107,7 @@ def method(name: str, **functions: Any) -> Method:
         "observe": keep_state,
         "apply": no_intervention,
         "penalty": no_penalty,
+        "fade": no_fading,
     }
     return Method(name, **(identities | functions))
 
@@ -168,11 +176,12 @@ def chain(*methods: Method) -> Method:
             merged = _merge(merged, part.taps(own))
         return merged
 
+    fade = next((part.fade for part in methods if part.fade is not no_fading), no_fading)
     name = "+".join(part.name for part in methods)
     apply = apply if cadences else no_intervention
     sizes = {layer: size for part in methods for layer, size in part.state_sizes.items()}
     every_update = any(part.every_update for part in methods)
-    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, every_update, state_sizes=sizes)
+    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, fade, every_update, state_sizes=sizes)
 
 
 def _merge(first: Any, second: Any) -> Any:

@@ -149,6 +149,11 @@ def release(block: Block, freed: Bool[Array, "R"]) -> Block:
     return {name: jnp.where(_last(masks[name], values), jnp.zeros((), values.dtype), values) for name, values in block.items()}
 
 
+def fade(block: Block, share: float) -> Block:
+    """A reserve whose K and offset give so much of what they gave."""
+    return block | {name: share * block[name] for name in ("w2_kernel", "w2_bias")}
+
+
 def centred(layer: NeuronLayer, fresh: Flat, features: Float[Array, "F"], at_q: Float[Array, "A"]) -> Flat:
     """Fresh parameters with the biases of b1 shifted so that the values `at_q` cancel: what they give through w1 at mean features."""
     w1, b1, _ = heads(layer)
