@@ -209,7 +209,7 @@ def mixing_layer(config: Config) -> NeuronLayer | None:
 
 REFUSED = {
     "mixer/mixing": "the units of the monotone mixing layer cannot be treated: a compensation neuron enters with a minus sign and would "
-    "break dQ_tot/dq >= 0, and their weights are made from the state, not learned",
+    "break dQ_tot/dq >= 0, and their weights are made from the state, not learned (the method knife_mixing is made for them)",
 }
 """Names that are no neuron layers, and why."""
 
