@@ -230,8 +230,26 @@ def test_refusals():
             knife_mixing(graph, **options)
     with pytest.raises(ValueError, match="knife_mixing: these networks have no monotone mixing layer"):
         knife_mixing(replace(graph, mixing=None))
-    with pytest.raises(ValueError, match="only one method can own the reserve, got knife, knife_mixing"):
+    with pytest.raises(ValueError, match="knife and knife_mixing both put frozen units on mixer/w1_output, mixer/w2_output; part them"):
         chain(knife(graph), knife_mixing(graph))
+
+
+def test_chained_with_composites_on_other_layers():
+    """Both fire at once, each in its part of the reserve: the team value at the mean stays, and their order makes no difference to that."""
+    other = {"layers": "mixer/v_hidden", "threshold": 1e9, "reserve": 1.0, "dead_units": False}
+    plain, (q, state) = net(), data(0)
+    at_mean = jnp.broadcast_to(q.mean(axis=0), q.shape)
+    for turned in (False, True):
+        parts = [knife(plain.graph, **other), plain.method]
+        small = Net.__new__(Net)
+        small.__dict__ = plain.__dict__ | {"method": chain(*(parts[::-1] if turned else parts))}
+        small.lifted, small.tx = small.method.lift(small.module.apply, ("mixer",)), small.method.wrap_optimizer(optax.adam(1e-2))
+        variables, opt_state = small.start(0)
+        after, *_, said = jax.jit(small._fire)(jax.random.key(0), variables, None, opt_state, q, state)
+        assert (said["knife/mixer/v_hidden/treated"], said["knife_mixing/mixer/mixing/treated"]) == (2, 4)
+        before, now = (jax.jit(small.total)(side, at_mean, state) for side in (variables, after))
+        np.testing.assert_allclose(now, before, atol=3e-6)
+        assert jnp.abs(small.total(after, q, state) - small.total(variables, q, state)).max() > 1e-3
 
 
 def test_openness_of_the_mixing_layer():

@@ -196,7 +196,7 @@ def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) 
     slots = {layer.name: max(1, math.ceil(pairs * layer.size - 1e-9)) for layer in graph.layers}
     return method(
         name,
-        has_reserve=True,
+        reserved=frozenset(module.name for module in frozen.modules(graph).values()),
         allocate=partial(_allocate, graph, slots, settings),
         lift=partial(lift, graph),
         wrap_optimizer=aged if settings.optimizer_state == "fresh" else lambda tx: tx,
@@ -211,7 +211,7 @@ def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) 
 
 def _allocate(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> Variables:
     leaves = flat(variables["params"])
-    return {**variables, "reserve": frozen.allocate(graph, leaves, slots, settings.composite == "shared")}
+    return {**variables, "reserve": variables.get("reserve", {}) | frozen.allocate(graph, leaves, slots, settings.composite == "shared")}
 
 
 def _init(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> KnifeState:

@@ -111,7 +111,7 @@ def knife_mixing(
     settings = _Settings(threshold, choose, max_fraction, reference, centred, optimizer_state, release_updates)
     return method(
         "knife_mixing",
-        has_reserve=True,
+        reserved=frozenset("/".join(head.kernel[:-1]) for head in mixing.heads(layer)),
         allocate=partial(_allocate, layer, slots),
         lift=partial(lift, replace(graph, layers=())),
         wrap_optimizer=aged if optimizer_state == "fresh" else lambda tx: tx,
@@ -124,7 +124,8 @@ def knife_mixing(
 
 
 def _allocate(layer: NeuronLayer, slots: int, variables: Variables) -> Variables:
-    return {**variables, "reserve": {layer.name: mixing.allocate(layer, flat(variables["params"]), slots)}}
+    block = mixing.allocate(layer, flat(variables["params"]), slots)
+    return {**variables, "reserve": variables.get("reserve", {}) | {layer.name: block}}
 
 
 def _init(alone: Graph, layer: NeuronLayer, slots: int, variables: Variables) -> MixingState:

@@ -38,8 +38,14 @@ def lift(graph: Graph, apply: Apply, prefix: Path = ()) -> Apply:
 
     Returns:
         The same function, which also understands the collections `reserve` (see `reserve.allocate`), `taps` (see `taps`) and `tap_mask`
-        (which samples count, an array over the leading axes of the activations; all if absent). Without them it is `apply`.
+        (which samples count, an array over the leading axes of the activations; all if absent). Without them it is `apply`; what they hold
+        of other layers than the graph's is passed on to it.
     """
+    known = {module.name for module in frozen.modules(graph).values()} | {layer.name for layer in graph.layers}
+    known |= {layer.name for layer in graph.mixing_alone.layers}
+
+    def is_known(name: str) -> bool:
+        return any(name == own or name.startswith(f"{own}/") for own in known)
 
     def lifted(variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         variables = dict(variables)
@@ -47,6 +53,9 @@ def lift(graph: Graph, apply: Apply, prefix: Path = ()) -> Apply:
         if not reserve and not taps:
             return apply(variables, *args, **kwargs)
         call = _Call(graph, prefix, reserve or {}, taps or {}, mask)
+        for collection, values in {"reserve": reserve or {}, "taps": taps or {}}.items():
+            if others := {name: value for name, value in values.items() if not is_known(name)}:
+                variables |= {collection: others} if mask is None else {collection: others, "tap_mask": mask}
         variables["params"] = call.extend(variables["params"])
         with nn.intercept_methods(call.intercept):
             return apply(variables, *args, **kwargs)
