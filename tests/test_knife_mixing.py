@@ -21,6 +21,7 @@ from knife_jax.plasticity.knife import knife
 from knife_jax.plasticity.knife_mixing import knife_mixing
 from knife_jax.plasticity.method import Trees
 from tests.composites import stacked
+from tests.test_knife import same_bits
 
 ROWS, AGENTS, ACTIONS, STATES, UNITS = 16, 3, 2, 4, 8
 NAME = "mixer/mixing"
@@ -95,16 +96,12 @@ def data(seed, mean=-2.0):
     return jnp.asarray(mean + rng.normal(size=(ROWS, AGENTS)), float), jnp.asarray(rng.normal(size=(ROWS, STATES)), float)
 
 
-def same_bits(first, second):
-    """Whether two trees are equal bit for bit."""
-    return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), first, second)))
-
-
+@pytest.mark.parametrize(("hypernet_layers", "centred"), [(2, False), pytest.param(1, True, marks=pytest.mark.slow)])
 @hypothesis.settings(max_examples=15, deadline=None)
-@hypothesis.given(st.integers(0, 2**31 - 1), st.sampled_from([(1, True), (2, False)]), st.sampled_from([0.1, 1.0, 5.0]))
-def test_team_value_stays_at_the_mean_and_monotone_everywhere(seed, kind, scale):
+@hypothesis.given(st.integers(0, 2**31 - 1), st.sampled_from([0.1, 1.0, 5.0]))
+def test_team_value_stays_at_the_mean_and_monotone_everywhere(hypernet_layers, centred, seed, scale):
     """Firing after firing with training between, online and target: the same where every q is its mean, in any state; no negative slope."""
-    small = net(kind[0], centred=kind[1])
+    small = net(hypernet_layers, centred=centred)
     (variables, opt_state), (target, _) = small.start(seed, scale), small.start(seed + 1, scale)
     for number in range(3):
         q, state = data(seed + number)
@@ -123,7 +120,7 @@ def test_team_value_stays_at_the_mean_and_monotone_everywhere(seed, kind, scale)
             assert min(small.slopes(side, values, state).min() for values in (q, far, -far)) >= 0
 
 
-@pytest.mark.parametrize("hypernet_layers", [1, 2])
+@pytest.mark.parametrize("hypernet_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_change_elsewhere_is_within_the_reported_bound(hypernet_layers):
     """For one state, and values one spread away from their mean: no larger than what is reported, and not zero."""
     small = net(hypernet_layers)
@@ -163,7 +160,7 @@ def closed(variables, units):
     return variables | {"params": {"mixer": params | {"b1_output": params["b1_output"] | {"bias": bias}}}}
 
 
-@pytest.mark.parametrize("choose", ["saturated", "stagnant", "random"])
+@pytest.mark.parametrize("choose", ["saturated", "random", pytest.param("stagnant", marks=pytest.mark.slow)])
 def test_who_is_treated(choose):
     """Closed units by their slope and by their activity, and as many others at random."""
     small = net(threshold=1e-3 if choose == "stagnant" else 1e-6, choose=choose)
@@ -234,22 +231,22 @@ def test_refusals():
         chain(knife(graph), knife_mixing(graph))
 
 
-def test_chained_with_composites_on_other_layers():
-    """Both fire at once, each in its part of the reserve: the team value at the mean stays, and their order makes no difference to that."""
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_chained_with_composites_on_other_layers(turned):
+    """Both fire at once, in either order, each in its part of the reserve: the team value at the mean stays."""
     other = {"layers": "mixer/v_hidden", "threshold": 1e9, "reserve": 1.0, "dead_units": False}
     plain, (q, state) = net(), data(0)
     at_mean = jnp.broadcast_to(q.mean(axis=0), q.shape)
-    for turned in (False, True):
-        parts = [knife(plain.graph, **other), plain.method]
-        small = Net.__new__(Net)
-        small.__dict__ = plain.__dict__ | {"method": chain(*(parts[::-1] if turned else parts))}
-        small.lifted, small.tx = small.method.lift(small.module.apply, ("mixer",)), small.method.wrap_optimizer(optax.adam(1e-2))
-        variables, opt_state = small.start(0)
-        after, *_, said = jax.jit(small._fire)(jax.random.key(0), variables, None, opt_state, q, state)
-        assert (said["knife/mixer/v_hidden/treated"], said["knife_mixing/mixer/mixing/treated"]) == (2, 4)
-        before, now = (jax.jit(small.total)(side, at_mean, state) for side in (variables, after))
-        np.testing.assert_allclose(now, before, atol=3e-6)
-        assert jnp.abs(small.total(after, q, state) - small.total(variables, q, state)).max() > 1e-3
+    parts = [knife(plain.graph, **other), plain.method]
+    small = Net.__new__(Net)
+    small.__dict__ = plain.__dict__ | {"method": chain(*(parts[::-1] if turned else parts))}
+    small.lifted, small.tx = small.method.lift(small.module.apply, ("mixer",)), small.method.wrap_optimizer(optax.adam(1e-2))
+    variables, opt_state = small.start(0)
+    after, *_, said = jax.jit(small._fire)(jax.random.key(0), variables, None, opt_state, q, state)
+    assert (said["knife/mixer/v_hidden/treated"], said["knife_mixing/mixer/mixing/treated"]) == (2, 4)
+    values = jax.jit(small.total)
+    np.testing.assert_allclose(values(after, at_mean, state), values(variables, at_mean, state), atol=3e-6)
+    assert jnp.abs(values(after, q, state) - values(variables, q, state)).max() > 1e-3
 
 
 def test_openness_of_the_mixing_layer():

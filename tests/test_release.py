@@ -136,6 +136,7 @@ def test_the_mixing_layer_fades_alike():
     assert trees.variables["reserve"]["mixer/mixing"]["used"].sum() == 4
 
 
+@pytest.mark.slow
 def test_training_fades_the_online_network_and_the_target_follows():
     """Every gradient step fades the online reserve alone; a copy brings the target along."""
     cure = {**ALWAYS, "layers": "agent/hidden_2", "release_updates": 4.0}
