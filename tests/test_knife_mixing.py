@@ -160,7 +160,7 @@ def closed(variables, units):
     return variables | {"params": {"mixer": params | {"b1_output": params["b1_output"] | {"bias": bias}}}}
 
 
-@pytest.mark.parametrize("choose", ["saturated", "random", pytest.param("stagnant", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choose", ["saturated", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stagnant", "random"))])
 def test_who_is_treated(choose):
     """Closed units by their slope and by their activity, and as many others at random."""
     small = net(threshold=1e-3 if choose == "stagnant" else 1e-6, choose=choose)
@@ -177,6 +177,7 @@ def test_who_is_treated(choose):
     assert set(np.flatnonzero((weights[0] != weights[1]).all(axis=(0, 1)))) == set(treated[-1])
 
 
+@pytest.mark.slow
 def test_history_sees_what_the_layer_does_not():
     """Where all units are equally stuck, none is below the layer's mean, all are below what the layer once did."""
     small = {name: net(choose="stagnant", reference=name, threshold=0.25) for name in ("layer", "history")}
@@ -191,6 +192,7 @@ def test_history_sees_what_the_layer_does_not():
     assert treated == {"layer": 0, "history": UNITS}
 
 
+@pytest.mark.slow
 def test_centred_units_start_open_however_large_the_values():
     """At values of -60 fresh units as drawn are closed, centred ones are not."""
     openness = {}
@@ -231,7 +233,8 @@ def test_refusals():
         chain(knife(graph), knife_mixing(graph))
 
 
-@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True])
 def test_chained_with_composites_on_other_layers(turned):
     """Both fire at once, in either order, each in its part of the reserve: the team value at the mean stays."""
     other = {"layers": "mixer/v_hidden", "threshold": 1e9, "reserve": 1.0, "dead_units": False}
