@@ -16,7 +16,7 @@ from knife_jax.config import Config
 from knife_jax.model import Hyper, Networks, Params, States, draw_params, mixer_state, observe, task_code
 from knife_jax.networks.agents import agent_inputs, mask_unavailable
 from knife_jax.networks.mixers import MixerInputs
-from knife_jax.plasticity.method import Trees, Variables, keep_state, no_penalty
+from knife_jax.plasticity.method import Trees, Variables, keep_state, no_fading, no_penalty
 from knife_jax.replay import Continuation, Sequences
 
 Metrics = dict[str, Array]
@@ -212,6 +212,8 @@ def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyp
         state = state._replace(cure=cure.observe(state.cure, state.variables, grads, {**seen, "error": error_gradient(metrics)}))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if cure.fade is not no_fading:
+        state = state._replace(reserve=cure.fade(state.reserve))
     return state._replace(params=params, opt_state=opt_state), {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 

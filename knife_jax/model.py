@@ -88,7 +88,7 @@ def make_networks(config: Config, env: Environment, tasks: Tasks, interventions:
     agent, mixer = AgentNetwork(env.num_actions, config.agent, widen), make_mixer(config, widen)
     layers = agents.neuron_layers(config.agent, widen) + mixers.neuron_layers(config, widen)
     modules = Networks(agent, mixer, env, tasks, config, Graph((), lambda key: {}, {}), interventions)
-    graph = make_graph(layers, partial(draw_params, networks=modules), mixers.REFUSED)
+    graph = make_graph(layers, partial(draw_params, networks=modules), mixers.REFUSED, mixers.mixing_layer(config))
     networks = modules._replace(graph=graph)
     try:
         networks.cure(config.hyper)

@@ -45,6 +45,7 @@ _COMPOSITES = (
     "knife_without_active",
     "knife_without_compensation",
     "freeze_and_zero",
+    "knife_mixing",
 )
 EAGER = {
     **{name: {"threshold": 1e9, "when_full": "skip"} for name in _COMPOSITES},
@@ -64,7 +65,7 @@ def _config(plasticity, **sections):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_part_of_the_one_program(name):
     """The whole run traces with every cure at its defaults, and returns what it did."""
-    config = _config({"name": name, "interval_updates": 20, "diagnostics": False}, **VDN)
+    config = _config({"name": name, "interval_updates": 20, "diagnostics": False}, **({} if name == "knife_mixing" else VDN))
     out = jax.eval_shape(make_train(config), jax.random.key(0))
     assert out["metrics"]["eval/won"].shape == (18,)
     assert any(measure.startswith("cure/") for measure in out["metrics"]) == (name not in UNSCHEDULED)
@@ -226,6 +227,8 @@ def test_diagnostics_of_every_layer_are_logged():
         ranks = np.asarray(metrics[f"plasticity/{layer}/effective_rank"])[known]
         assert ((ranks > 0.99) & (ranks < 8.01)).all()
     assert (np.asarray(metrics["plasticity/agent/weight_norm"])[known] > 0).all()
+    mixing = [np.asarray(metrics[f"plasticity/mixer/mixing/{name}"])[known] for name in ("saturated", "saturation", "openness")]
+    assert all((values >= 0).all() and (values <= 1).all() for values in mixing) and (mixing[0] <= mixing[1]).all()
 
 
 @pytest.mark.slow
@@ -273,6 +276,8 @@ def test_chains_take_options_per_method():
         ({"name": "knife", "interval_updates": 1000}, r"plasticity\.interval_updates: 1000 never comes in a run of \d+"),
         ({"name": "knife", "layers": "agent/hidden_3"}, r"plasticity\.options: layers: no layer or network 'agent/hidden_3'; did you mean"),
         ({"name": "knife", "layers": "mixer/mixing"}, r"plasticity\.options: layers: mixer/mixing: .*monotone"),
+        ({"name": "knife_mixing", "choose": "saturate"}, r"plasticity\.options: knife_mixing\.choose: Input should be 'saturated'"),
+        ({"name": "knife_mixing", "reference": "network"}, r"plasticity\.options: knife_mixing\.reference"),
         ({"name": "layer_norm+knife"}, r"plasticity\.options: chain: knife .* layer_norm"),
     ],
 )

@@ -185,6 +185,26 @@ def test_recycling_frees_what_contributes_least_and_bounds_the_error():
     assert 1e-4 < np.linalg.norm(change, axis=-1).mean() <= said["recycle_error"] * (1 + 1e-5)
 
 
+def test_history_fires_when_a_whole_layer_falls_behind_until_the_reserve_is_used_up():
+    """All units equally stuck: none is below the layer's mean; below what the layer once did all are, half a layer at a time."""
+    said = {}
+    for reference in ("layer", "history"):
+        net = small(reference=reference, layers="net/hidden_1", max_fraction=0.5, reserve=0.75, dead_units=False)
+        variables, opt_state = net.start()
+        state = net.method.init(variables)
+        stuck = {"net/hidden_1": jnp.full(6, 1e-3)}
+        state = state._replace(window=state.window._replace(peak={"net/hidden_1": jnp.ones(())}))
+        fire = jax.jit(lambda key, state, *trees, net=net: net.method.apply(key, state, Trees(trees[0], None, trees[1]), net.tx))
+        for number in range(3):
+            state = state._replace(window=state.window._replace(total=stuck, count=jnp.ones(())))
+            state, trees, report = fire(jax.random.key(number), state, moved(variables, number), opt_state)
+            variables, opt_state = trees.variables, trees.opt_state
+            counts = ("stagnant", "treated", "reserve_full", "reserve_in_use")
+            said[reference, number] = [int(report[f"net/hidden_1/{name}"]) for name in counts]
+    assert [said["layer", number] for number in range(3)] == [[0, 0, 0, 0]] * 3
+    assert [said["history", number] for number in range(3)] == [[6, 3, 0, 3], [6, 2, 1, 5], [6, 0, 3, 5]]
+
+
 def _costs(variables, data):
     """Of every slot of `hidden_1`, mean |h| of K and of C times the norms of their rows; layers before it are plain."""
     params, reserve = jax.tree.map(np.asarray, (variables["params"]["net"], variables["reserve"]))

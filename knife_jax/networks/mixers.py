@@ -57,6 +57,20 @@ class VDN(nn.Module):
         return inputs.chosen_q.sum(axis=-1, keepdims=True)
 
 
+class Mixing(nn.Module):
+    """QMIX's mixing layer, whose weights are made elsewhere. It has no parameters: it is a module so that cures and taps can find it."""
+
+    def __call__(
+        self, q: Float[Array, "*N A"], w1: Float[Array, "*N A E"], b1: Float[Array, "*N E"], w2: Float[Array, "*N E"]
+    ) -> Float[Array, "*N 1"]:
+        """`sum_j elu(sum_i q_i w1_ij + b1_j) w2_j`, monotone in every q if no weight w1 or w2 is negative."""
+        return (nn.elu(self.pre_activations(q, w1, b1)) * w2).sum(axis=-1, keepdims=True)
+
+    def pre_activations(self, q: Float[Array, "*N A"], w1: Float[Array, "*N A E"], b1: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
+        """What the units' ELU is given; apart from the rest, so that it can be intercepted."""
+        return jnp.einsum("...a,...ae->...e", q, w1) + b1
+
+
 class QMIX(nn.Module):
     """A mixing layer whose weights come from the state and are never negative, so that the team value is monotone in every agent's.
 
@@ -76,11 +90,10 @@ class QMIX(nn.Module):
         num_agents = q.shape[-1]
         w1 = jnp.abs(self._hypernet("w1", num_agents * embed, state)).reshape(*q.shape, embed)
         b1 = Dense(embed, self.initializer, name="b1_output")(state)
-        hidden = nn.elu(jnp.einsum("...a,...ae->...e", q, w1) + b1)
         w2 = jnp.abs(self._hypernet("w2", embed, state))
         value_hidden = nn.relu(Dense(widened(embed, self.widen), self.initializer, name="v_hidden")(state))
         value = Dense(1, self.initializer, name="v_output")(value_hidden)
-        return (hidden * w2).sum(axis=-1, keepdims=True) + value
+        return Mixing(name="mixing")(q, w1, b1, w2) + value
 
     def _hypernet(self, name: str, size: int, state: Array) -> Array:
         if self.config.hypernet_layers == 2:
@@ -174,9 +187,29 @@ def neuron_layers(config: Config, widen: float = 1.0) -> tuple[NeuronLayer, ...]
     return (*heads, *_kernel_layers(config.qplex, widen)) if config.learner.mixer == "qplex" else tuple(heads)
 
 
+def mixing_layer(config: Config) -> NeuronLayer | None:
+    """The units of QMIX's monotone mixing layer, by the hypernetworks' heads that make their weights; None for other mixers.
+
+    Heads have a unit's numbers in columns: E of them in `b1_output` and `w2_output`, A times E in `w1_output`, agent after agent.
+    """
+    if config.learner.mixer != "qmix":
+        return None
+    kernels, biases = ([("mixer", f"{name}_output", leaf) for name in ("w1", "b1", "w2")] for leaf in ("kernel", "bias"))
+    return NeuronLayer(
+        "mixer/mixing",
+        config.qmix.embed_size,
+        incoming=(kernels[0], kernels[1]),
+        biases=(biases[0], biases[1]),
+        outgoing=(kernels[2],),
+        outgoing_biases=(biases[2],),
+        activation=nn.elu,
+        kind="mixing",
+    )
+
+
 REFUSED = {
     "mixer/mixing": "the units of the monotone mixing layer cannot be treated: a compensation neuron enters with a minus sign and would "
-    "break dQ_tot/dq >= 0, and their weights are made from the state, not learned",
+    "break dQ_tot/dq >= 0, and their weights are made from the state, not learned (the method knife_mixing is made for them)",
 }
 """Names that are no neuron layers, and why."""
 

@@ -31,7 +31,8 @@ class NeuronLayer(NamedTuple):
         outgoing_biases: the biases of what each outgoing kernel feeds, or None.
         stack: sizes of the leading axes.
         activation: what turns pre-activations into activations.
-        kind: `dense`; `gru` for recurrent units; `mixing` for units of a monotone mixing layer.
+        kind: `dense`; `gru` for recurrent units; `mixing` for units of a monotone mixing layer, all of whose kernels are hypernetworks'
+            heads with the units on the last axis (after that of the agents, if any, and in one with it).
         normalised: whether a normalisation stands between kernel and activation.
         leaks: whether the units are also read by something other than the outgoing kernels (a residual path, ...).
     """

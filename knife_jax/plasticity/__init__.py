@@ -17,6 +17,7 @@ from knife_jax.plasticity.knife import (
     knife_without_knowledge,
     random_neurons,
 )
+from knife_jax.plasticity.knife_mixing import knife_mixing
 from knife_jax.plasticity.method import Method, Trees, chain, method, none
 from knife_jax.plasticity.reborn import reborn
 from knife_jax.plasticity.recycle import redo, regrama
@@ -36,6 +37,7 @@ __all__ = [
     "discover",
     "freeze_and_zero",
     "knife",
+    "knife_mixing",
     "knife_without_active",
     "knife_without_compensation",
     "knife_without_knowledge",

@@ -15,7 +15,10 @@ from knife_jax.plasticity import taps as tapping
 from knife_jax.plasticity.graph import Graph, NeuronLayer, flat, incoming_view
 
 STATISTICS = ("absolute", "absolute_gradient", "gram")
-"""The taps that `measure` needs."""
+"""The taps that `measure` needs of hidden layers."""
+
+MIXING_STATISTICS = ("saturated", "slope")
+"""Those that it needs of a monotone mixing layer."""
 
 Measures = dict[str, Float[Array, ""]]
 
@@ -51,7 +54,9 @@ def measure(
         and `inactive` (each against its layer's mean; a layer of zeros is dormant and otherwise not judged), `effective_rank`,
         `stable_rank` and `rank_99` of the activations (means over a stack's members), and `weight_norm` and `grad_norm` of the incoming
         weights. Where there are several networks, `<network>/<share>` is that of all its units, and `<network>/weight_norm` and
-        `<network>/grad_norm` are those of all its parameters.
+        `<network>/grad_norm` are those of all its parameters. Of a monotone mixing layer's ELU units they are `saturated`, the share of
+        units below `taps.SATURATED_BELOW` on every sample, `saturation`, the mean share of samples on which a unit is, and `openness`,
+        the mean slope of the ELU (1 where gradients pass unhindered, 0 where none does).
     """
     relative = scores.relative_activity(window)
     leaves, slopes = flat(params), flat(grads)
@@ -69,11 +74,21 @@ def measure(
             **found[layer.name],
         }
         measures |= {f"{layer.name}/{name}": value for name, value in said.items()}
+    if graph.mixing is not None:
+        measures |= {f"{graph.mixing.name}/{name}": value for name, value in openness(taps[graph.mixing.name]).items()}
     measures |= _network_shares(graph, measures)
     for name, (tree, whole) in {"weight_norm": (params, leaves), "grad_norm": (grads, slopes)}.items():
         networks = dict.fromkeys(path[0] for path in whole) if len({layer.network for layer in graph.layers}) > 1 else ()
         measures |= {f"{network}/{name}": optax.tree.norm(tree[network]) for network in networks}
     return measures, {name: scores.stagnant(values, limits.stagnant) for name, values in relative.items()}
+
+
+def openness(measured: tapping.Tap) -> Measures:
+    """How far ELU units are open, from the taps `MIXING_STATISTICS`; see `measure`. NaN if there was no sample."""
+    seen = measured["count"] > 0
+    means = tapping.means(measured)
+    said = {"saturated": means["saturated"] >= 1.0, "saturation": means["saturated"], "openness": means["slope"]}
+    return {name: jnp.where(seen, values, jnp.nan).mean() for name, values in said.items()}
 
 
 def _norm(leaves: Any, layer: NeuronLayer) -> Array:
@@ -179,7 +194,7 @@ def overlap(before: Bool[Array, "*N"], now: Bool[Array, "*N"]) -> Float[Array, "
 
 def blank_taps(graph: Graph) -> Any:
     """The taps that `measure` needs, as zeros."""
-    return tapping.zeros(graph, STATISTICS)
+    return tapping.zeros(graph, STATISTICS) | tapping.zeros(graph.mixing_alone, MIXING_STATISTICS)
 
 
 def add(first: Any, second: Any) -> Any:

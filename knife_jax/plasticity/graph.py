@@ -37,12 +37,14 @@ class Graph:
         draw: fresh parameters of the whole model from a key, by its own initializers.
         shapes: `{path: shape}` of every parameter.
         refused: names that sound like layers but can be no part of a graph, with the reason.
+        mixing: the units of a monotone mixing layer, which are made by hypernetworks and no part of `layers`.
     """
 
     layers: tuple[NeuronLayer, ...]
     draw: Callable[[PRNGKeyArray], Params]
     shapes: Mapping[Path, tuple[int, ...]]
     refused: Mapping[str, str] = field(default_factory=dict)
+    mixing: NeuronLayer | None = None
 
     @property
     def heads(self) -> tuple[Path, ...]:
@@ -50,6 +52,11 @@ class Graph:
         hidden = {path[:-1] for layer in self.layers for path in layer.incoming}
         readers = {path[:-1]: None for layer in self.layers for path in layer.outgoing}
         return tuple(module for module in readers if module not in hidden)
+
+    @property
+    def mixing_alone(self) -> "Graph":
+        """The graph whose one layer is the monotone mixing layer; without layers if there is none."""
+        return replace(self, layers=() if self.mixing is None else (self.mixing,))
 
     def select(self, which: str | Sequence[str] = "all") -> "Graph":
         """The graph with some layers only.
@@ -75,13 +82,19 @@ class Graph:
         return replace(self, layers=tuple(layer for layer in self.layers if keep(layer)))
 
 
-def make_graph(layers: Sequence[NeuronLayer], draw: Callable[[PRNGKeyArray], Params], refused: Mapping[str, str] | None = None) -> Graph:
+def make_graph(
+    layers: Sequence[NeuronLayer],
+    draw: Callable[[PRNGKeyArray], Params],
+    refused: Mapping[str, str] | None = None,
+    mixing: NeuronLayer | None = None,
+) -> Graph:
     """Checks layers against the parameters that `draw` gives.
 
     Args:
         layers: in the order of the dataflow.
         draw: fresh parameters from a key.
         refused: see `Graph`.
+        mixing: see `Graph`.
 
     Raises:
         ValueError: for a leaf that does not exist, or whose shape does not hold the layer's units.
@@ -98,7 +111,7 @@ def make_graph(layers: Sequence[NeuronLayer], draw: Callable[[PRNGKeyArray], Par
         _check(layer, layer.outgoing, shapes, first, "first")
         if layer.outgoing_biases and len(layer.outgoing_biases) != len(layer.outgoing):
             raise ValueError(f"layer {layer.name}: {len(layer.outgoing)} outgoing kernels but {len(layer.outgoing_biases)} outgoing biases")
-    return Graph(tuple(layers), draw, shapes, refused or {})
+    return Graph(tuple(layers), draw, shapes, refused or {}, mixing)
 
 
 def _check(layer: NeuronLayer, paths: Sequence[Path], shapes: Mapping[Path, tuple[int, ...]], axis: int, where: str) -> None:
@@ -137,7 +150,7 @@ def read_biases(leaves: Flat, layer: NeuronLayer) -> Float[Array, "*K B H"]:
 
 def incoming_view(leaf: Array, layer: NeuronLayer) -> Shaped[Array, "*K I H"]:
     """A kernel or bias with everything but stack and units on one axis."""
-    return leaf.reshape(*layer.stack, prod(leaf.shape[len(layer.stack) : -1]), layer.size)
+    return leaf.reshape(*layer.stack, prod(leaf.shape[len(layer.stack) :]) // layer.size, layer.size)
 
 
 def outgoing_view(leaf: Array, layer: NeuronLayer) -> Shaped[Array, "*K H O"]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from knife_jax.plasticity import release as releasing
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity import scores
 from knife_jax.plasticity import taps as tapping
@@ -34,7 +35,7 @@ from knife_jax.plasticity.composite import (
 from knife_jax.plasticity.eligibility import check_states, composable, reserve_size
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, flat, incoming_view, nested, outgoing_view
 from knife_jax.plasticity.lift import lift
-from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method
+from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method, no_fading
 from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
 
 
@@ -45,11 +46,13 @@ class KnifeState(NamedTuple):
         window: update activity since the last intervention.
         seen: sums of |h| over the window, by tap.
         error: summed root mean square of dL/dQ_tot over the window.
+        age: `{layer: [*K, R]}`, gradient steps since a slot was filled; empty where nothing is released.
     """
 
     window: scores.Window
     seen: dict[str, dict[str, Array]]
     error: Array
+    age: dict[str, Array]
 
 
 class Settings(NamedTuple):
@@ -66,6 +69,7 @@ class Settings(NamedTuple):
     repeat: bool = True
     parts: Parts = WHOLE
     choose: str = "stagnant"
+    release_updates: float | None = None
 
 
 def knife(
@@ -83,6 +87,7 @@ def knife(
     dead_units: bool = True,
     repeat: bool = True,
     into_frozen: Literal["none", "drawn"] = "none",
+    release_updates: float | None = None,
     interventions: int | None = None,
     _change: tuple[str, dict[str, Any]] = ("knife", {}),
 ) -> Method:
@@ -115,10 +120,13 @@ def knife(
             saw, not elsewhere; only where the target network, if there is one, equals the online one just then (else they take slots).
         repeat: whether units already rewritten are eligible again.
         into_frozen: whether A also feeds the frozen units of the next layer, by fixed drawn weights, or they keep exactly what they read.
+        release_updates: half-life, in gradient steps, with which K and C fade after an intervention, see `release`; a slot is free again
+            after ten of them (the report's `released`). None, as in the paper: they stay.
         interventions: how many are planned; with it, a reserve that must run out is refused unless `when_full` says what then.
 
     Raises:
-        ValueError: for layers that cannot carry composites, a reserve that is not positive or must run out, or a fraction outside (0, 1].
+        ValueError: for layers that cannot carry composites, a reserve that is not positive or must run out, a fraction outside (0, 1], or a
+            release of recurrent units or of shared outgoing weights.
 
     References:
         Stagnant Neuron (arXiv 2606.25335). What it leaves open was decided here; every choice is an option.
@@ -127,9 +135,11 @@ def knife(
     _check_options(threshold, composite, max_fraction, reference, window_decay, optimizer_state, when_full, into_frozen)
     pairs = reserve_size(chosen, reserve, max_fraction, interventions, when_full)
     parts = Parts(into_frozen=into_frozen == "drawn")
+    releasing.check(chosen, release_updates, composite)
     options = (composite, max_fraction, reference, window_decay, optimizer_state, when_full or "skip", dead_units, repeat, parts)
     name, changes = _change
-    return composite_method(name, chosen, Settings(threshold, *options)._replace(**changes), pairs)
+    settings = Settings(threshold, *options, release_updates=release_updates)
+    return composite_method(name, chosen, settings._replace(**changes), pairs)
 
 
 def _check_options(
@@ -186,7 +196,7 @@ def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) 
     slots = {layer.name: max(1, math.ceil(pairs * layer.size - 1e-9)) for layer in graph.layers}
     return method(
         name,
-        has_reserve=True,
+        reserved=frozenset(module.name for module in frozen.modules(graph).values()),
         allocate=partial(_allocate, graph, slots, settings),
         lift=partial(lift, graph),
         wrap_optimizer=aged if settings.optimizer_state == "fresh" else lambda tx: tx,
@@ -194,13 +204,14 @@ def composite_method(name: str, graph: Graph, settings: Settings, pairs: float) 
         init=partial(_init, graph, slots, settings),
         observe=partial(_observe, graph, settings),
         apply=partial(_apply, graph, settings),
+        fade=no_fading if settings.release_updates is None else partial(releasing.fade, graph, settings.release_updates),
         state_sizes={layer.name: layer.size + 2 * slots[layer.name] for layer in graph.layers if layer.kind == "gru"},
     )
 
 
 def _allocate(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> Variables:
     leaves = flat(variables["params"])
-    return {**variables, "reserve": frozen.allocate(graph, leaves, slots, settings.composite == "shared")}
+    return {**variables, "reserve": variables.get("reserve", {}) | frozen.allocate(graph, leaves, slots, settings.composite == "shared")}
 
 
 def _init(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> KnifeState:
@@ -212,14 +223,16 @@ def _init(graph: Graph, slots: dict[str, int], settings: Settings, variables: Va
             for part in ("knowledge", "compensation"):
                 zeros = jnp.zeros((*layer.stack, slots[layer.name]))
                 seen[f"{layer.name}/{part}"] = {"absolute": zeros, "count": jnp.zeros((*layer.stack, 1))}
-    return KnifeState(scores.new_window(graph), seen, jnp.zeros(()))
+    released = graph.layers if settings.release_updates is not None else ()
+    age = {layer.name: jnp.zeros((*layer.stack, slots[layer.name])) for layer in released}
+    return KnifeState(scores.new_window(graph), seen, jnp.zeros(()), age)
 
 
 def _observe(graph: Graph, settings: Settings, state: KnifeState, variables: Variables, grads: Any, taps: Any) -> KnifeState:
     window = scores.watch(state.window, graph, flat(grads), flat(variables["params"]), settings.window_decay)
     seen = tapping.add(state.seen, taps)
     error = state.error + taps["error"] if settings.reference == "error" else state.error
-    return KnifeState(window, seen, error)
+    return KnifeState(window, seen, error, {name: age + 1 for name, age in state.age.items()})
 
 
 def _apply(
@@ -236,10 +249,12 @@ def _apply(
         candidates = scores.stagnant(relative[layer.name], settings.threshold)
         if settings.choose == "all":
             candidates = jnp.ones_like(candidates)
-        said = operation.treat(layer, layer_key, candidates, activity[layer.name], state.seen)
+        released = operation.release(layer, state.age)
+        said = released | operation.treat(layer, layer_key, candidates, activity[layer.name], state.seen)
         report |= {f"{layer.name}/{measure}": value for measure, value in said.items()}
     window = scores.restart(state.window)
-    cleared = KnifeState(window, jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error))
+    age = {name: jnp.where(operation.filled[name], 0.0, values) for name, values in state.age.items()}
+    cleared = KnifeState(window, jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error), age)
     return cleared, operation.finish(tx), report
 
 
@@ -264,6 +279,23 @@ class _Operation:
         self.states = dict(trees.states or {})
         self.synced = _equal(trees.variables, trees.target)
         self.rewritten = {path: jnp.zeros(leaf.shape, bool) for path, leaf in self.sides[0][0].items()}
+        self.filled: dict[str, Array] = {}
+
+    def release(self, layer: NeuronLayer, age: dict[str, Array]) -> dict[str, Array]:
+        """Empties the slots that have faded; says how many."""
+        half_life = self.settings.release_updates
+        if half_life is None:
+            return {}
+        used = gather(*self.sides[0], layer, self.modules).links["used"]
+        freed = used & releasing.expired(age[layer.name], half_life)
+        self._empty(layer, freed)
+        return {"released": freed.sum().astype(jnp.float32)}
+
+    def _empty(self, layer: NeuronLayer, freed: Array) -> None:
+        """Empties slots of both networks."""
+        for index, (leaves, reserve) in enumerate(self.sides):
+            side = over_stack(release, layer)(gather(leaves, reserve, layer, self.modules), freed)
+            self.sides[index] = scatter(leaves, reserve, layer, self.modules, side)
 
     def treat(self, layer: NeuronLayer, key: PRNGKeyArray, candidates: Array, activity: Array, seen: Any) -> dict[str, Array]:
         """Rewrites one layer of the online and of the target network; says what was done."""
@@ -278,11 +310,12 @@ class _Operation:
         place, freed, said = choose(keys, candidates, activity, online, dead, cost)
         if layer.name in self.states:
             self.states[layer.name] = inject_states(self.states[layer.name], online.links, place)
+        if settings.when_full == "recycle":
+            self._empty(layer, freed)
+        self.filled[layer.name] = place.source < layer.size
         for index, (leaves, reserve) in enumerate(self.sides):
             side = gather(leaves, reserve, layer, self.modules)
             fresh = gather(_as(leaves, self.fresh), reserve, layer, self.modules)
-            if settings.when_full == "recycle":
-                side = over_stack(release, layer)(side, freed)
             side = over_stack(partial(inject, parts=settings.parts), layer)(side, fresh, place)
             self.sides[index] = scatter(leaves, reserve, layer, self.modules, side)
             if index == 0:

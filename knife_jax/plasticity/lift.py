@@ -1,8 +1,8 @@
 """Flax apply functions that know of reserve and taps, without a change to the user's modules.
 
 Calls of Dense modules are intercepted. A module that makes a layer also computes the layer's frozen units; a module that reads one also
-reads them. A GRU's way through time is intercepted where its units have a reserve: the states of frozen units go beside those of live ones.
-Taps measure what passes from a layer to its readers.
+reads them. A GRU's way through time is intercepted where its units have a reserve: the states of frozen units go beside those of live ones;
+and so is QMIX's mixing layer (see `mixing`). Taps measure what passes from a layer to its readers.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from knife_jax.networks.neurons import GRU, Dense, GateProjection
 from knife_jax.networks.recurrence import unroll_gates
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
+from knife_jax.plasticity.mixing import MixingCall
 from knife_jax.plasticity.reserve import Effective, Module
 from knife_jax.plasticity.taps import tap
 
@@ -37,8 +38,14 @@ def lift(graph: Graph, apply: Apply, prefix: Path = ()) -> Apply:
 
     Returns:
         The same function, which also understands the collections `reserve` (see `reserve.allocate`), `taps` (see `taps`) and `tap_mask`
-        (which samples count, an array over the leading axes of the activations; all if absent). Without them it is `apply`.
+        (which samples count, an array over the leading axes of the activations; all if absent). Without them it is `apply`; what they hold
+        of other layers than the graph's is passed on to it.
     """
+    known = {module.name for module in frozen.modules(graph).values()} | {layer.name for layer in graph.layers}
+    known |= {layer.name for layer in graph.mixing_alone.layers}
+
+    def is_known(name: str) -> bool:
+        return any(name == own or name.startswith(f"{own}/") for own in known)
 
     def lifted(variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         variables = dict(variables)
@@ -46,6 +53,9 @@ def lift(graph: Graph, apply: Apply, prefix: Path = ()) -> Apply:
         if not reserve and not taps:
             return apply(variables, *args, **kwargs)
         call = _Call(graph, prefix, reserve or {}, taps or {}, mask)
+        for collection, values in {"reserve": reserve or {}, "taps": taps or {}}.items():
+            if others := {name: value for name, value in values.items() if not is_known(name)}:
+                variables |= {collection: others} if mask is None else {collection: others, "tap_mask": mask}
         variables["params"] = call.extend(variables["params"])
         with nn.intercept_methods(call.intercept):
             return apply(variables, *args, **kwargs)
@@ -63,6 +73,7 @@ class _Call:
         self.made: dict[str, tuple[Array, Array]] = {}
         self.projected: dict[str, tuple[Array, Array]] = {}
         self.entered: dict[int, tuple[Array, Array, Array | None]] = {}
+        self.mixing = None if graph.mixing is None else MixingCall(graph.mixing, self.reserve.get(graph.mixing.name), self._tapped)
 
     def extend(self, params: Any) -> Any:
         """Works out the weights of every module with a block in the reserve, and puts the live ones into the parameters."""
@@ -90,15 +101,19 @@ class _Call:
         path = (*self.prefix, *context.module.path)
         if context.method_name == "unroll" and isinstance(context.module, GRU) and path in self.modules:
             return self._unroll(self.modules[path], call, *args, **kwargs)
-        if context.method_name != "__call__" or not isinstance(context.module, AFFINE) or path not in self.modules:
+        if self.mixing is not None and path == self.mixing.path:
+            return self.mixing.intercept(call, context.method_name, *args)
+        module, is_head = self.modules.get(path), self.mixing is not None and path in self.mixing.heads
+        if context.method_name != "__call__" or not isinstance(context.module, AFFINE) or not (module or is_head):
             return call(*args, **kwargs)
-        module, inputs = self.modules[path], args[0]
-        added = None
-        if module.source:
+        inputs, added = args[0], None
+        if module and module.source:
             inputs, added = self._enter(module.source, inputs)
+        if self.mixing is not None and is_head:
+            inputs = self.mixing.enter(path, inputs)
         outputs = call(inputs, *args[1:], **kwargs)
         weights = self.weights.get(path)
-        if weights is None:
+        if module is None or weights is None:
             return outputs
         if weights.rows is not None and added is not None:
             outputs = outputs + _over_stack(jnp.matmul, module, (True,))(added, weights.rows)

@@ -4,6 +4,7 @@ A method is made for one graph. Functions it does not need are identities, see `
 """
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -54,7 +55,8 @@ class Method(NamedTuple):
         apply: `(key, state, trees, tx=None) -> (state, trees, report)`: the intervention; `tx` is the wrapped optimizer, needed where its
             state is to be rewritten. The report is `{"<layer>/<measure>": number}`.
         penalty: `(params, state) -> scalar` to add to the loss.
-        has_reserve: whether it owns the collection `reserve`.
+        fade: `reserve -> reserve`: what becomes of the online network's reserve with every gradient step.
+        reserved: names of the modules on which it puts frozen units, kept in the collection `reserve`; empty for most.
         every_update: whether `apply` is meant to run after every gradient step rather than on a schedule.
         state_sizes: `{layer: S}`, how many running states recurrent layers have under the lifted function where that is more than their
             live units: H of these, then two per slot. These must be passed to `apply`.
@@ -69,8 +71,9 @@ class Method(NamedTuple):
     observe: Callable[[Any, Variables, Params, Any], Any]
     apply: Callable[..., tuple[Any, Trees, Report]]
     penalty: Callable[[Params, Any], Float[Array, ""]]
+    fade: Callable[[Any], Any]
     every_update: bool = False
-    has_reserve: bool = False
+    reserved: frozenset[str] = frozenset()
     state_sizes: Mapping[str, int] = MappingProxyType({})
 
 
@@ -89,6 +92,11 @@ def no_penalty(params: Params, state: Any) -> Float[Array, ""]:
     return jnp.zeros(())
 
 
+def no_fading(reserve: Any) -> Any:
+    """Leaves the reserve alone."""
+    return reserve
+
+
 def method(name: str, **functions: Any) -> Method:
     """A method that does nothing but what is given."""
     identities: dict[str, Any] = {
@@ -100,6 +108,7 @@ def method(name: str, **functions: Any) -> Method:
         "observe": keep_state,
         "apply": no_intervention,
         "penalty": no_penalty,
+        "fade": no_fading,
     }
     return Method(name, **(identities | functions))
 
@@ -117,18 +126,10 @@ def chain(*methods: Method) -> Method:
     fresh network. Taps of the same layer are shared, so that each statistic is gathered once.
 
     Raises:
-        ValueError: if two of them allocate a reserve, whose collection can hold one, if a method that keeps the function is
-            chained with `layer_norm`, or if some work at every update and some on a schedule.
+        ValueError: if two of them put frozen units on the same module, if a method that keeps the function is chained with `layer_norm`,
+            or if some work at every update and some on a schedule.
     """
-    cadences = {part.every_update for part in methods if part.apply is not no_intervention}
-    if len(cadences) > 1:
-        raise ValueError(f"chain: {', '.join(part.name for part in methods)} intervene partly at every update, partly on a schedule")
-    reserves = [part.name for part in methods if part.has_reserve]
-    if len(reserves) > 1:
-        raise ValueError(f"chain: only one method can own the reserve, got {', '.join(reserves)}")
-    exact = reserves + [part.name for part in methods if part.name == "reborn"]
-    if exact and any(part.name == "layer_norm" for part in methods):
-        raise ValueError(f"chain: {exact[0]} keeps what its units give together, which layer_norm's mean over units would change")
+    _check_chain(methods)
 
     def allocate(variables: Variables) -> Variables:
         for part in methods:
@@ -168,11 +169,33 @@ def chain(*methods: Method) -> Method:
             merged = _merge(merged, part.taps(own))
         return merged
 
+    fading = [part.fade for part in methods if part.fade is not no_fading]
+
+    def fade(reserve: Any) -> Any:
+        for part in fading:
+            reserve = part(reserve)
+        return reserve
+
     name = "+".join(part.name for part in methods)
-    apply = apply if cadences else no_intervention
+    apply = apply if any(part.apply is not no_intervention for part in methods) else no_intervention
     sizes = {layer: size for part in methods for layer, size in part.state_sizes.items()}
     every_update = any(part.every_update for part in methods)
-    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, every_update, state_sizes=sizes)
+    reserved = frozenset[str]().union(*(part.reserved for part in methods))
+    drift = fade if fading else no_fading
+    return Method(name, allocate, lift, wrap_optimizer, taps, init, observe, apply, penalty, drift, every_update, reserved, sizes)
+
+
+def _check_chain(methods: tuple[Method, ...]) -> None:
+    """Refuses methods that do not go together."""
+    cadences = {part.every_update for part in methods if part.apply is not no_intervention}
+    if len(cadences) > 1:
+        raise ValueError(f"chain: {', '.join(part.name for part in methods)} intervene partly at every update, partly on a schedule")
+    for first, second in combinations(methods, 2):
+        if shared := sorted(first.reserved & second.reserved):
+            raise ValueError(f"chain: {first.name} and {second.name} both put frozen units on {', '.join(shared)}; part them by `layers`")
+    exact = [part.name for part in methods if part.reserved] + [part.name for part in methods if part.name == "reborn"]
+    if exact and any(part.name == "layer_norm" for part in methods):
+        raise ValueError(f"chain: {exact[0]} keeps what its units give together, which layer_norm's mean over units would change")
 
 
 def _merge(first: Any, second: Any) -> Any:

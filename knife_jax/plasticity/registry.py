@@ -19,6 +19,7 @@ from knife_jax.plasticity.knife import (
     knife_without_knowledge,
     random_neurons,
 )
+from knife_jax.plasticity.knife_mixing import knife_mixing
 from knife_jax.plasticity.method import Method, Swept, chain, method, none
 from knife_jax.plasticity.reborn import reborn
 from knife_jax.plasticity.recycle import redo, regrama
@@ -44,6 +45,7 @@ def wide_none(graph: Graph, reserve: float = 1.0) -> Method:
 METHODS: dict[str, Callable[..., Method]] = {
     "none": lambda graph: none(),
     "knife": knife,
+    "knife_mixing": knife_mixing,
     "redo": redo,
     "regrama": regrama,
     "reborn": reborn,

@@ -13,8 +13,12 @@ from jaxtyping import Array, Float
 from knife_jax.networks.neurons import NeuronLayer
 from knife_jax.plasticity.graph import Graph
 
-STATISTICS = ("absolute_gradient", "absolute", "signed", "fired", "centred", "gram")
-"""What a tap may sum over samples: |dL/dh|, |h|, h, h > 0, |h - c| where c is the value given as `centre`, and the outer product h h^T."""
+STATISTICS = ("absolute_gradient", "absolute", "signed", "squared", "fired", "centred", "gram", "saturated", "slope")
+"""What a tap may sum over samples: |dL/dh|, |h|, h, h^2, h > 0, |h - c| where c is the value given as `centre`, the outer product h h^T;
+and of what an ELU is given, whether it is below `SATURATED_BELOW`, and the ELU's slope there, exp(min(h, 0))."""
+
+SATURATED_BELOW = -3.0
+"""Where an ELU lets less than a twentieth of a gradient through."""
 
 Tap = dict[str, Array]
 
@@ -68,8 +72,11 @@ def _backward(saved: tuple[Array, Tap, Array], gradient: Array) -> tuple[Array, 
         "absolute_gradient": lambda: jnp.abs(gradient) * weight,
         "absolute": lambda: jnp.abs(activations) * weight,
         "signed": lambda: activations * weight,
+        "squared": lambda: jnp.square(activations) * weight,
         "fired": lambda: (activations > 0) * weight,
         "centred": lambda: jnp.abs(activations - _align(measured["centre"], activations)) * weight,
+        "saturated": lambda: (activations < SATURATED_BELOW) * weight,
+        "slope": lambda: jnp.exp(jnp.minimum(activations, 0.0)) * weight,
         "count": lambda: jnp.broadcast_to(weight, (*activations.shape[:-1], 1)),
         "centre": lambda: None,
     }
