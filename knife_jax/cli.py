@@ -16,8 +16,8 @@ from rich.table import Table
 
 from envs.registry import GAMES
 from knife_jax import compare as comparing
+from knife_jax import comparison_files, results, runner
 from knife_jax import policy as policies
-from knife_jax import results, runner
 from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
@@ -79,7 +79,7 @@ class CompareArguments:
     With directories of finished runs in the place of flags (`knife-jax compare RUN RUN... --out DIR`) those are compared, and nothing is
     trained.
 
-    Writes comparison.json, comparison.png and the files of `train` for every method into a new directory, once all is done.
+    Writes comparison.json, comparison.png (learning curves, a bar per task, performance profiles) and the files of `train` for every method into a new directory, once all is done.
     """
 
     preset: str = DEFAULT_PRESET
@@ -241,7 +241,7 @@ def compare_command(arguments: Sequence[str]) -> int:
                 runs[method] = runner.run(config, seeds=parsed.seeds, progress=line, **options)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
-        comparing.write(runs, unfinished, env.reports_wins)
+        comparison_files.write(runs, unfinished, env.reports_wins)
     _print_comparison(console, runs, env.reports_wins)
     console.print(f"results in {out}", soft_wrap=True)
     return 0
@@ -254,7 +254,7 @@ def _compare_runs(arguments: Sequence[str]) -> int:
     reports_wins = make_game(next(iter(runs.values())).config)[0].reports_wins
     if parsed.out is not None:
         with results.new_directory(parsed.out) as unfinished:
-            comparing.write_comparison(runs, unfinished, reports_wins)
+            comparison_files.write_comparison(runs, unfinished, reports_wins)
     _print_comparison(_console(), runs, reports_wins)
     return 0
 
