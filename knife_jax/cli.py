@@ -79,7 +79,8 @@ class CompareArguments:
     With directories of finished runs in the place of flags (`knife-jax compare RUN RUN... --out DIR`) those are compared, and nothing is
     trained.
 
-    Writes comparison.json, comparison.png (learning curves, a bar per task, performance profiles) and the files of `train` for every method into a new directory, once all is done.
+    Writes comparison.json, comparison.png (learning curves, a bar per task, performance profiles) and the files of `train` for every
+    method into a new directory, once all is done.
     """
 
     preset: str = DEFAULT_PRESET
