@@ -21,6 +21,7 @@ from knife_jax import policy as policies
 from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
+from knife_jax.hosts import Hosts, connect, is_first, most
 from knife_jax.interrupts import RunStoppedError
 from knife_jax.memory import available_memory, check_seeds, fit_seeds, seed_memory
 from knife_jax.plan import make_game
@@ -69,6 +70,8 @@ class TrainArguments:
     """Checkpoints."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
     """Weights & Biases."""
+    hosts: Hosts = field(default_factory=Hosts)
+    """Several processes or machines that make this run together."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -170,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
+    connect(parsed.hosts)
+    if jax.process_count() > 1 and parsed.out is None:
+        raise ValueError("--out: several processes need the same directory to write to")
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     reports_wins = make_game(parsed.fields)[0].reports_wins
     console = _console()
@@ -208,7 +214,8 @@ def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int 
     """
     memory, available = seed_memory(config), available_memory()
     if jax.default_backend() == "cpu":
-        available //= devices  # which share the machine's memory
+        available //= devices // jax.process_count()  # which share the machine's memory
+    available = -int(most(-available)[0])  # the same everywhere, for the same batches
     if seeds_per_batch is None:
         seeds_per_batch = devices * fit_seeds(memory, config, -(-seeds // devices), available)
     width = runner.batch_width(seeds, seeds_per_batch, devices)
@@ -356,9 +363,9 @@ def list_command(arguments: Sequence[str]) -> int:
 
 
 def _console() -> Console:
-    """A console wide enough for the tables where there is no terminal to ask."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """A console wide enough for the tables where there is no terminal to ask; of several processes only the first one speaks."""
+    console = Console(quiet=not is_first())
+    return console if console.is_terminal else Console(width=140, quiet=not is_first())
 
 
 if __name__ == "__main__":

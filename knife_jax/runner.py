@@ -179,14 +179,18 @@ def _recorded(
 
 
 def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None) -> int:
-    """Over how many devices the seeds are spread.
+    """Over how many devices the seeds are spread; of several processes each has as many of them.
 
     Raises:
-        ValueError: if more are asked for than there are, or than there are seeds side by side.
+        ValueError: if more are asked for than there are, or than there are seeds side by side, or the processes cannot share them evenly.
     """
-    together = min(seeds, seeds_per_batch or seeds)
+    together, processes = min(seeds, seeds_per_batch or seeds), jax.process_count()
+    if together < processes:
+        raise ValueError(f"seeds: {together} side by side are fewer than the {processes} processes")
     if devices is None:
-        return min(jax.device_count(), together)
+        return min(jax.device_count(), together) // processes * processes
+    if devices % processes:
+        raise ValueError(f"devices: {processes} processes cannot share {devices} evenly")
     if devices > jax.device_count():
         raise ValueError(f"devices: there are {jax.device_count()}, not {devices}")
     if devices > together:
