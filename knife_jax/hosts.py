@@ -65,7 +65,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def most(*numbers: float) -> tuple[float, ...]:
+def most(*numbers: int | float) -> tuple[int | float, ...]:
     """Every number at its largest over the processes, to the bit."""
     if jax.process_count() == 1:
         return numbers
