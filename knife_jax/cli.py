@@ -33,6 +33,7 @@ from knife_jax.run_directory import Saving, read_run_file
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import mean_estimate
 from knife_jax.sweep import parse_sweep
+from knife_jax.sweep_directory import Place
 from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
@@ -55,7 +56,8 @@ class TrainArguments:
     first_seed: int = 0
     """The first of them."""
     sweep: tuple[str, ...] = ()
-    """Numbers trained side by side with the seeds, every combination of them: optimizer.learning_rate=1e-4,5e-4 learner.gamma=0.9,0.99"""
+    """Every combination of some values: optimizer.learning_rate=1e-4,5e-4 agent.hidden_size=32,64. Numbers that are data are trained
+    side by side with the seeds; each value of anything else (sizes, intervals, cures) is a program of its own, one after the other."""
     seeds_per_batch: int | None = None
     """At most so many side by side, the batches following one another; as many as an estimate says fit into memory if not given."""
     devices: int | None = None
@@ -179,20 +181,10 @@ def train_command(arguments: Sequence[str]) -> int:
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     reports_wins = make_game(parsed.fields)[0].reports_wins
     console = _console()
-    console.print(runner.describe_plan(parsed.fields, parsed.seeds))
-    options = {
-        name: getattr(parsed, name)
-        for name in ("seeds", "first_seed", "seeds_per_batch", "devices", "chunk_rounds", "resume", "saving", "wandb")
-    }
-    sweep = parse_sweep(parsed.sweep)
-    lanes = parsed.seeds * math.prod(len(values) for values in sweep.values())
-    devices = runner.choose_devices(lanes, parsed.seeds_per_batch, parsed.devices)
-    if not parsed.resume:
-        options["seeds_per_batch"] = _fitting(console, parsed.fields, lanes, parsed.seeds_per_batch, devices)
-    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
+    finished: dict[str, RunResult] = {}
     try:
-        with ProgressLine(console, parsed.fields, lanes, width) as line:
-            finished = runner.run_sweep(parsed.fields, sweep, progress=line, out=out, **options)
+        for place in runner.sweep_places(parsed.fields, parse_sweep(parsed.sweep), out, parsed.resume, parsed.seeds, parsed.first_seed):
+            finished |= _train_part(console, place, parsed)
     except RunStoppedError as stopped:
         print(f"knife-jax: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
@@ -201,9 +193,34 @@ def train_command(arguments: Sequence[str]) -> int:
         console.print(*([label] if label else []), results.as_table(summary), sep="\n")
         if summary.plasticity_loss:
             console.print(summary.plasticity_loss)
-    took = next(iter(finished.values())).provenance
-    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s; results in {out}", soft_wrap=True)
+    console.print(f"results in {out}", soft_wrap=True)
     return 0
+
+
+def _train_part(console: Console, place: Place, parsed: TrainArguments) -> dict[str, RunResult]:
+    """One program of a sweep, or the whole run, with a progress line; see `runner.run_part`."""
+    config = place.part.config
+    if place.part.label:
+        console.print(f"{place.part.label}:" + (" done before" if place.done else ""))
+    options = {name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "devices")}
+    if place.done:
+        return runner.run_part(place, **options)
+    console.print(runner.describe_plan(config, parsed.seeds))
+    lanes = parsed.seeds * math.prod(len(values) for values in place.part.sweep.values())
+    if place.resume:
+        assert place.out is not None
+        saved = read_run_file(place.out)
+        options |= {name: options[name] or saved[name] for name in ("seeds_per_batch", "devices")}
+    devices = runner.choose_devices(lanes, options["seeds_per_batch"], parsed.devices)
+    if not place.resume:
+        options["seeds_per_batch"] = _fitting(console, config, lanes, parsed.seeds_per_batch, devices)
+    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
+    with ProgressLine(console, config, lanes, width) as line:
+        told = {name: getattr(parsed, name) for name in ("chunk_rounds", "saving", "wandb")}
+        finished = runner.run_part(place, progress=line, **options, **told)
+    took = next(iter(finished.values())).provenance
+    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
+    return finished
 
 
 def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int | None, devices: int) -> int:
@@ -343,7 +360,8 @@ def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
     config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
     if sweep := saved.get("sweep"):
         default = replace(default, sweep=tuple(f"{name}={','.join(map(str, values))}" for name, values in sweep.items()))
-    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch", "devices")})
+    counts = {name: saved.get(name) for name in ("seeds", "first_seed", "seeds_per_batch", "devices")}
+    return replace(default, fields=config, **counts)
 
 
 def list_command(arguments: Sequence[str]) -> int:

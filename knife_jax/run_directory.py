@@ -81,7 +81,7 @@ class RunDirectory:
         self._wandb: WandbLog | None = None
         wandb.check()
         if resume:
-            self._check(read_run_file(path))
+            check_resumable(path, self._identity)
         else:
             hosts.first_does(self._create)
         if wandb.mode != "disabled" and hosts.is_first():
@@ -91,7 +91,7 @@ class RunDirectory:
     def _create(self) -> None:
         with results.new_directory(self.path) as unfinished:
             (unfinished / "config.yaml").write_text(self._pieces.program.config.to_yaml())
-            self._write_run_file(unfinished, done=False)
+            write_run_file(unfinished, self._identity, done=False)
 
     @property
     def seconds(self) -> float:
@@ -193,7 +193,7 @@ class RunDirectory:
             shutil.rmtree(unfinished, ignore_errors=True)
         if self._wandb is not None:
             self._wandb.finish(finished)
-        self._write_run_file(self.path, done=True)
+        write_run_file(self.path, self._identity, done=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def close(self) -> None:
@@ -203,17 +203,25 @@ class RunDirectory:
         if self._wandb is not None:
             self._wandb.close(1)
 
-    def _write_run_file(self, directory: Path, done: bool) -> None:
-        partial = directory / f".{RUN_FILE}"
-        partial.write_text(json.dumps({**self._identity, "done": done}, indent=2) + "\n")
-        os.replace(partial, directory / RUN_FILE)
 
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        if saved["done"]:
-            raise CheckpointError(f"the run in {self.path} is done; there is nothing to resume")
-        lines = checkpoint.differences({name: value for name, value in saved.items() if name != "done"}, self._identity)
-        if lines:
-            raise CheckpointError(f"the run in {self.path} is another one, which differs in\n  " + "\n  ".join(lines))
+def write_run_file(directory: Path, identity: Mapping[str, Any], done: bool) -> None:
+    """Says in the directory of a run what run it is, and whether it is done."""
+    partial = directory / f".{RUN_FILE}"
+    partial.write_text(json.dumps({**identity, "done": done}, indent=2) + "\n")
+    os.replace(partial, directory / RUN_FILE)
+
+
+def check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
+    """Compares a run with that in a directory.
+
+    Raises:
+        CheckpointError: if there is none, it is done, or it is another one, with the fields that differ.
+    """
+    saved = read_run_file(path)
+    if saved.pop("done"):
+        raise CheckpointError(f"the run in {path} is done; there is nothing to resume")
+    if lines := checkpoint.differences(saved, identity):
+        raise CheckpointError(f"the run in {path} is another one, which differs in\n  " + "\n  ".join(lines))
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

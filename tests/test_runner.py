@@ -153,8 +153,8 @@ np.savez(out + "/all.npz", **{name.replace("/", "."): values for name, values in
 def test_seeds_on_eight_devices_have_the_numbers_of_one(single, tmp_path):
     """A seed on each of eight, without a word between them, killed and resumed: the numbers of one to 1e-6 over the first 20 updates.
 
-    Also the bits of two devices with a seed on each, four times over. Not those of one: XLA compiles the same function for one device with other roundings than for several (measured, a seed at a
-    time, at either level of optimization: 3e-7; ranks 1e-5).
+    Also the bits of two devices with a seed on each, four times over. Not those of one: XLA compiles the same function for one device with
+    other roundings than for several (measured, a seed at a time, at either level of optimization: 3e-7; ranks 1e-5).
     """
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", ON_DEVICES, repr(SMALL), str(tmp_path / "out")]
