@@ -127,7 +127,7 @@ def test_a_sweep_over_several_programs_is_stopped_and_resumed(tmp_path):
         runner.run_sweep(SHORT, sizes, seeds=2, out=out, progress=stop, chunk_rounds=4)
     before = (out / labels[0] / "metrics.npz").stat().st_mtime_ns
     assert not (out / labels[1] / "metrics.npz").exists()
-    with pytest.raises(ValueError, match="sweep.agent.hidden_size: .* there, .* here"):
+    with pytest.raises(ValueError, match=r"sweep\.agent\.hidden_size: .* there, .* here"):
         runner.run_sweep(SHORT, {"agent.hidden_size": (4, 3, 2)}, seeds=2, out=out, resume=True)
     finished = runner.run_sweep(SHORT, sizes, seeds=2, out=out, resume=True)
     assert list(finished) == labels and (out / labels[0] / "metrics.npz").stat().st_mtime_ns == before
