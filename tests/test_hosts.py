@@ -78,21 +78,26 @@ class Processes:
         self.config, self.cache = tmp_path / "small.yaml", tmp_path / "cache"
         self.config.write_text(resolve(SHORT).to_yaml())
 
-    def start(self, out, count) -> list[Any]:
-        """Starts or resumes a run in so many processes."""
+    def start(self, out, count, cluster=False) -> list[Any]:
+        """Starts or resumes a run in so many processes, which are given a coordinator or SLURM's variables."""
         how = ["--resume"] if (out / "run.json").exists() else ["--config", str(self.config), "--seeds", "4"]
         how += ["--out", str(out), "--saving.every_minutes", "0", "--chunk_rounds", "5"]
         environment = {**os.environ, "KNIFE_JAX_CACHE": str(self.cache), "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        each = 2 // count
-        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={each}"
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={2 // count}"
         port = _free_port()
         started = []
         for index in range(count):
-            flags = ["--hosts.coordinator", f"localhost:{port}", "--hosts.processes", str(count), "--hosts.process_id", str(index)]
-            command = [sys.executable, "-m", "knife_jax.cli", "train", *how, *(flags if count > 1 else [])]
+            told: list[str] = []
+            if cluster:
+                told = ["--hosts.detect"]
+                names = {"JOB_ID": port, "STEP_NODELIST": "localhost", "NTASKS": count, "PROCID": index, "LOCALID": index}
+                environment |= {f"SLURM_{name}": str(value) for name, value in names.items()}
+            elif count > 1:
+                told = ["--hosts.coordinator", f"localhost:{port}", "--hosts.processes", str(count), "--hosts.process_id", str(index)]
+            command = [sys.executable, "-m", "knife_jax.cli", "train", *how, *told]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen(command, env=environment, **pipes))
+            started.append(subprocess.Popen(command, env=dict(environment), **pipes))
         return started
 
 
@@ -110,7 +115,10 @@ def _finished(processes):
 
 @pytest.mark.slow
 def test_two_processes_do_one_run_together_and_resume_it(tmp_path):
-    """The bits of one process with two devices, after a SIGTERM to the second process, which both obey; only the first one writes."""
+    """The bits of one process with two devices, after a SIGTERM to the second, which both obey; only the first one writes.
+
+    They find each other by a coordinator, and when resumed as in a job of SLURM.
+    """
     run, out, alone = Processes(tmp_path), tmp_path / "out", tmp_path / "alone"
     both = run.start(out, 2)
     while len(list((out / "checkpoints").glob("0*"))) < 1 and all(process.poll() is None for process in both):
@@ -119,7 +127,7 @@ def test_two_processes_do_one_run_together_and_resume_it(tmp_path):
     said, codes = _finished(both)
     assert codes == [128 + signal.SIGTERM] * 2, said
     assert all("go on with: knife-jax train --resume" in text for text in said)
-    said, codes = _finished(run.start(out, 2))
+    said, codes = _finished(run.start(out, 2, cluster=True))
     assert codes == [0, 0], said
     assert "results in" in said[0] and "results in" not in said[1]
     said, codes = _finished(run.start(alone, 1))
