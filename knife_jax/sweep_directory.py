@@ -54,7 +54,8 @@ def places(parts: Sequence[Part], out: Path | None, resume: bool, identity: Mapp
     for part in parts:
         own = out / part.label
         was_begun = (own / RUN_FILE).exists()
-        yield Place(part, own, was_begun, was_begun and read_run_file(own)["done"])
+        begun, done = hosts.most(was_begun, was_begun and read_run_file(own)["done"])  # all have looked before any goes on
+        yield Place(part, own, bool(begun), bool(done))
     hosts.first_does(lambda: write_run_file(out, identity, done=True))
 
 
