@@ -135,11 +135,11 @@ def test_the_picture_shows_curves_bars_and_profiles():
     compared = compare.compare(runs)
     _, tasks, profile = figure_axes = comparison_files.plot(runs, compared).axes
     assert len(figure_axes) == 3
-    heights = [bar.get_height() for bar in tasks.patches]
+    heights = [bar.get_height() for bar in tasks.patches]  # pyright: ignore[reportAttributeAccessIssue]
     np.testing.assert_allclose(heights, [1.0, 0.4, 0.4, 1.0, 1.0, 1.0])
-    segments = tasks.collections[0].get_segments()
+    segments = tasks.collections[0].get_segments()  # pyright: ignore[reportAttributeAccessIssue]
     np.testing.assert_allclose(segments[1][:, 1], compared.final["none"][1][1:])
-    none, cure = (line.get_ydata() for line in profile.lines)
+    none, cure = (np.asarray(line.get_ydata()) for line in profile.lines)
     np.testing.assert_allclose([none[0], none[-1], cure[0], cure[-1]], [0.6, 0.0, 1.0, 0.0])
     assert np.all(np.diff(none) <= 0)
 
