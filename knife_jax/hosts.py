@@ -17,6 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+LONGEST_WAIT_SECONDS = 3600
+"""How long a process waits for the others, should they compile for so long."""
+
 
 @dataclass(frozen=True)
 class Hosts:
@@ -60,6 +63,13 @@ def connect(hosts: Hosts) -> None:
         raise ValueError(f"hosts: cannot join the other processes: {' '.join(str(error).split())}") from error
 
 
+def _await_all() -> None:
+    """Waits for the slowest; collectives themselves wait for half a minute only, and compiling may take one process longer than another."""
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key="knife_jax", timeout_ms=1000 * LONGEST_WAIT_SECONDS)
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes."""
     return jax.process_index() == 0
@@ -69,6 +79,7 @@ def most(*numbers: int | float) -> tuple[int | float, ...]:
     """Every number at its largest over the processes, to the bit."""
     if jax.process_count() == 1:
         return numbers
+    _await_all()
     bits = np.asarray(numbers, np.float64).view(np.uint32)
     everywhere = np.asarray(multihost_utils.process_allgather(bits))
     return tuple(map(float, everywhere.view(np.float64).max(axis=0)))
@@ -97,6 +108,7 @@ def gathered(tree: Any) -> Any:
     """Arrays that are spread over the devices of all processes, in numpy and whole."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
+    _await_all()
     mesh = jax.tree.leaves(tree)[0].sharding.mesh
     return jax.device_get(jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree))
 

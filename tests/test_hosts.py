@@ -128,7 +128,7 @@ def test_two_processes_do_one_run_together_and_resume_it(tmp_path):
     assert codes == [128 + signal.SIGTERM] * 2, said
     assert all("go on with: knife-jax train --resume" in text for text in said)
     said, codes = _finished(run.start(out, 2, cluster=True))
-    assert codes == [0, 0], said
+    assert codes == [0, 0], "\n".join(said)
     assert "results in" in said[0] and "results in" not in said[1]
     said, codes = _finished(run.start(alone, 1))
     assert codes == [0], said
