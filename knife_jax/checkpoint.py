@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from knife_jax import hosts
 from knife_jax.chunks import Carry
 from knife_jax.loop import Learned, Point, Snapshot
 from knife_jax.trees import flat, nested
@@ -48,7 +49,7 @@ class Loaded(NamedTuple):
 
 
 def save(directory: Path, step: int, snapshot: Snapshot, identity: Mapping[str, Any], extra: Mapping[str, Any], keep: int) -> Path:
-    """Writes a checkpoint, and removes all but the newest `keep`.
+    """Writes a checkpoint, and removes all but the newest `keep`; processes that make a run together all call it.
 
     Args:
         directory: of all checkpoints of a run.
@@ -64,23 +65,33 @@ def save(directory: Path, step: int, snapshot: Snapshot, identity: Mapping[str, 
     final = directory / f"{step:012d}"
     unfinished = directory / f"{_UNFINISHED}{step:012d}"
     meta = {"format": FORMAT, "point": snapshot.point._asdict(), "identity": identity, "extra": extra, "leaves": _leaves(snapshot.carry)}
-    try:
+
+    def begin() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         _remove(unfinished)
         unfinished.mkdir()
-        _write_state(unfinished / _STATE, snapshot.carry)
+
+    def complete() -> None:
         np.savez(unfinished / _HOST, **flat(_host_part(snapshot)))  # pyright: ignore[reportArgumentType]
         (unfinished / _META).write_text(json.dumps(meta))
         (unfinished / _MANIFEST).write_text(json.dumps(_digests(unfinished)))
         _remove(final)
         os.rename(unfinished, final)
+
+    def forget_older() -> None:
+        for old in _steps(directory)[:-keep]:
+            _remove(old)
+
+    try:
+        hosts.first_does(begin)
+        _write_state(unfinished / _STATE, snapshot.carry)
+        hosts.first_does(complete)
     except Exception as error:  # tensorstore reports a full disk as ValueError
         shutil.rmtree(unfinished, ignore_errors=True)
         older = _steps(directory)
         left = f"the last one is {older[-1]}" if older else "there is none yet"
         raise OSError(f"could not write the checkpoint {final}: {_one_line(error)}; {left}") from error
-    for old in _steps(directory)[:-keep]:
-        _remove(old)
+    hosts.first_does(forget_older)
     return final
 
 
@@ -191,7 +202,8 @@ def _read_state(path: Path, carry: Carry) -> Carry:
 
     def restored(index: int, leaf: jax.ShapeDtypeStruct) -> Any:
         if not leaf.size:
-            return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+            assert isinstance(leaf.sharding, NamedSharding)
+            return hosts.placed(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         values = found[f"{index:05d}"]
         return jax.random.wrap_key_data(values) if _is_key(leaf) else values
 

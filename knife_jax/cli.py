@@ -16,11 +16,12 @@ from rich.table import Table
 
 from envs.registry import GAMES
 from knife_jax import compare as comparing
+from knife_jax import comparison_files, results, runner
 from knife_jax import policy as policies
-from knife_jax import results, runner
 from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
+from knife_jax.hosts import Hosts, connect, is_first, most
 from knife_jax.interrupts import RunStoppedError
 from knife_jax.memory import available_memory, check_seeds, fit_seeds, seed_memory
 from knife_jax.plan import make_game
@@ -32,6 +33,7 @@ from knife_jax.run_directory import Saving, read_run_file
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import mean_estimate
 from knife_jax.sweep import parse_sweep
+from knife_jax.sweep_directory import Place
 from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
@@ -54,7 +56,8 @@ class TrainArguments:
     first_seed: int = 0
     """The first of them."""
     sweep: tuple[str, ...] = ()
-    """Numbers trained side by side with the seeds, every combination of them: optimizer.learning_rate=1e-4,5e-4 learner.gamma=0.9,0.99"""
+    """Every combination of some values: optimizer.learning_rate=1e-4,5e-4 agent.hidden_size=32,64. Numbers that are data are trained
+    side by side with the seeds; each value of anything else (sizes, intervals, cures) is a program of its own, one after the other."""
     seeds_per_batch: int | None = None
     """At most so many side by side, the batches following one another; as many as an estimate says fit into memory if not given."""
     devices: int | None = None
@@ -69,6 +72,8 @@ class TrainArguments:
     """Checkpoints."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
     """Weights & Biases."""
+    hosts: Hosts = field(default_factory=Hosts)
+    """Several processes or machines that make this run together."""
     fields: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -79,7 +84,8 @@ class CompareArguments:
     With directories of finished runs in the place of flags (`knife-jax compare RUN RUN... --out DIR`) those are compared, and nothing is
     trained.
 
-    Writes comparison.json, comparison.png and the files of `train` for every method into a new directory, once all is done.
+    Writes comparison.json, comparison.png (learning curves, a bar per task, performance profiles) and the files of `train` for every
+    method into a new directory, once all is done.
     """
 
     preset: str = DEFAULT_PRESET
@@ -169,23 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
+    connect(parsed.hosts)
+    if jax.process_count() > 1 and parsed.out is None:
+        raise ValueError("--out: several processes need the same directory to write to")
     out = parsed.out or Path("runs") / f"{parsed.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     reports_wins = make_game(parsed.fields)[0].reports_wins
     console = _console()
-    console.print(runner.describe_plan(parsed.fields, parsed.seeds))
-    options = {
-        name: getattr(parsed, name)
-        for name in ("seeds", "first_seed", "seeds_per_batch", "devices", "chunk_rounds", "resume", "saving", "wandb")
-    }
-    sweep = parse_sweep(parsed.sweep)
-    lanes = parsed.seeds * math.prod(len(values) for values in sweep.values())
-    devices = runner.choose_devices(lanes, parsed.seeds_per_batch, parsed.devices)
-    if not parsed.resume:
-        options["seeds_per_batch"] = _fitting(console, parsed.fields, lanes, parsed.seeds_per_batch, devices)
-    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
+    finished: dict[str, RunResult] = {}
     try:
-        with ProgressLine(console, parsed.fields, lanes, width) as line:
-            finished = runner.run_sweep(parsed.fields, sweep, progress=line, out=out, **options)
+        for place in runner.sweep_places(parsed.fields, parse_sweep(parsed.sweep), out, parsed.resume, parsed.seeds, parsed.first_seed):
+            finished |= _train_part(console, place, parsed)
     except RunStoppedError as stopped:
         print(f"knife-jax: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
@@ -194,9 +193,34 @@ def train_command(arguments: Sequence[str]) -> int:
         console.print(*([label] if label else []), results.as_table(summary), sep="\n")
         if summary.plasticity_loss:
             console.print(summary.plasticity_loss)
-    took = next(iter(finished.values())).provenance
-    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s; results in {out}", soft_wrap=True)
+    console.print(f"results in {out}", soft_wrap=True)
     return 0
+
+
+def _train_part(console: Console, place: Place, parsed: TrainArguments) -> dict[str, RunResult]:
+    """One program of a sweep, or the whole run, with a progress line; see `runner.run_part`."""
+    config = place.part.config
+    if place.part.label:
+        console.print(f"{place.part.label}:" + (" done before" if place.done else ""))
+    options = {name: getattr(parsed, name) for name in ("seeds", "first_seed", "seeds_per_batch", "devices")}
+    if place.done:
+        return runner.run_part(place, **options)
+    console.print(runner.describe_plan(config, parsed.seeds))
+    lanes = parsed.seeds * math.prod(len(values) for values in place.part.sweep.values())
+    if place.resume:
+        assert place.out is not None
+        saved = read_run_file(place.out)
+        options |= {name: options[name] or saved[name] for name in ("seeds_per_batch", "devices")}
+    devices = runner.choose_devices(lanes, options["seeds_per_batch"], parsed.devices)
+    if not place.resume:
+        options["seeds_per_batch"] = _fitting(console, config, lanes, parsed.seeds_per_batch, devices)
+    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
+    with ProgressLine(console, config, lanes, width) as line:
+        told = {name: getattr(parsed, name) for name in ("chunk_rounds", "saving", "wandb")}
+        finished = runner.run_part(place, progress=line, **options, **told)
+    took = next(iter(finished.values())).provenance
+    console.print(f"compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
+    return finished
 
 
 def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int | None, devices: int) -> int:
@@ -207,7 +231,8 @@ def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int 
     """
     memory, available = seed_memory(config), available_memory()
     if jax.default_backend() == "cpu":
-        available //= devices  # which share the machine's memory
+        available //= devices // jax.process_count()  # which share the machine's memory
+    available = -int(most(-available)[0])  # the same everywhere, for the same batches
     if seeds_per_batch is None:
         seeds_per_batch = devices * fit_seeds(memory, config, -(-seeds // devices), available)
     width = runner.batch_width(seeds, seeds_per_batch, devices)
@@ -241,7 +266,7 @@ def compare_command(arguments: Sequence[str]) -> int:
                 runs[method] = runner.run(config, seeds=parsed.seeds, progress=line, **options)
             took = runs[method].provenance
             console.print(f"  compiled in {took['compile_seconds']:.0f} s, ran in {took['run_seconds']:.0f} s")
-        comparing.write(runs, unfinished, env.reports_wins)
+        comparison_files.write(runs, unfinished, env.reports_wins)
     _print_comparison(console, runs, env.reports_wins)
     console.print(f"results in {out}", soft_wrap=True)
     return 0
@@ -254,7 +279,7 @@ def _compare_runs(arguments: Sequence[str]) -> int:
     reports_wins = make_game(next(iter(runs.values())).config)[0].reports_wins
     if parsed.out is not None:
         with results.new_directory(parsed.out) as unfinished:
-            comparing.write_comparison(runs, unfinished, reports_wins)
+            comparison_files.write_comparison(runs, unfinished, reports_wins)
     _print_comparison(_console(), runs, reports_wins)
     return 0
 
@@ -335,7 +360,8 @@ def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
     config = preset_config(default.preset) if is_named else Config.from_dict(saved["config"])
     if sweep := saved.get("sweep"):
         default = replace(default, sweep=tuple(f"{name}={','.join(map(str, values))}" for name, values in sweep.items()))
-    return replace(default, fields=config, **{name: saved[name] for name in ("seeds", "first_seed", "seeds_per_batch", "devices")})
+    counts = {name: saved.get(name) for name in ("seeds", "first_seed", "seeds_per_batch", "devices")}
+    return replace(default, fields=config, **counts)
 
 
 def list_command(arguments: Sequence[str]) -> int:
@@ -355,9 +381,9 @@ def list_command(arguments: Sequence[str]) -> int:
 
 
 def _console() -> Console:
-    """A console wide enough for the tables where there is no terminal to ask."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    """A console wide enough for the tables where there is no terminal to ask; of several processes only the first one speaks."""
+    console = Console(quiet=not is_first())
+    return console if console.is_terminal else Console(width=140, quiet=not is_first())
 
 
 if __name__ == "__main__":

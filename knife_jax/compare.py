@@ -1,23 +1,30 @@
 """Several cures side by side on the same seeds, tasks and budgets.
 
-Shapes: M methods, S seeds, P tasks in the order met.
+Shapes: M methods, S seeds, P tasks in the order met, T thresholds.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from knife_jax import continual, results
 from knife_jax.config import Config, parse_yaml
 from knife_jax.results import FEWEST_SEEDS, curves_of
 from knife_jax.run_result import RunResult
-from knife_jax.statistics import Estimate, continuous_estimate, mean_estimate, probability_of_improvement
+from knife_jax.statistics import (
+    Estimate,
+    Profile,
+    continuous_estimate,
+    mean_estimate,
+    performance_profile,
+    probability_of_improvement,
+)
+
+_THRESHOLDS = 201
+"""Points of a performance profile."""
 
 
 class Comparison(NamedTuple):
@@ -28,7 +35,9 @@ class Comparison(NamedTuple):
         final: `{method: one estimate per position}`.
         against: `{method: estimate of the paired difference to the first method, averaged over the tasks after the first}`.
         improvement: `{method: the chance that a seed of it does better there than one of the first method}`.
-        sentences: the same in words.
+        thresholds: scores `[T]`, from 0 to 1 of success, or over the range of returns.
+        profiles: `{method: the share of seeds whose mean over the later tasks is above each threshold}`.
+        sentences: the differences in words.
         seeds: S.
     """
 
@@ -36,6 +45,8 @@ class Comparison(NamedTuple):
     final: dict[str, tuple[Estimate, ...]]
     against: dict[str, Estimate]
     improvement: dict[str, Estimate]
+    thresholds: np.ndarray
+    profiles: dict[str, Profile]
     sentences: tuple[str, ...]
     seeds: int
 
@@ -106,7 +117,16 @@ def compare(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Compari
     improvement = {method: probability_of_improvement(later[method], later[reference]) for method in others}
     sentences = tuple(_sentence(method, reference, difference, seeds) for method, difference in against.items())
     estimates = {method: tuple(mean_estimate(column) for column in values.T) for method, values in final.items()}
-    return Comparison("success" if reports_wins else "return", estimates, against, improvement, sentences, seeds)
+    thresholds = _thresholds(np.concatenate(list(later.values())), reports_wins)
+    profiles = {method: performance_profile(values, thresholds) for method, values in later.items()}
+    measure = "success" if reports_wins else "return"
+    return Comparison(measure, estimates, against, improvement, thresholds, profiles, sentences, seeds)
+
+
+def _thresholds(scores: np.ndarray, reports_wins: bool) -> np.ndarray:
+    finite = scores[np.isfinite(scores)]
+    low, high = (0.0, 1.0) if reports_wins or not finite.size else (finite.min(), finite.max())
+    return np.linspace(low, high, _THRESHOLDS)
 
 
 def _sentence(method: str, reference: str, difference: Estimate, seeds: int) -> str:
@@ -143,55 +163,3 @@ def as_table(comparison: Comparison, task_names: Sequence[str]) -> Table:
     for position, task in enumerate(task_names):
         table.add_row(str(position + 1), task, *(str(estimates[position]) for estimates in comparison.final.values()))
     return table
-
-
-def plot(runs: Mapping[str, RunResult], reports_wins: bool = True) -> Figure:
-    """Learning curves of all methods: mean over seeds with its interval."""
-    name = "eval/won" if reports_wins else "eval/return"
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (method, run) in enumerate(runs.items()):
-        color = matplotlib.colormaps["tab10"](index % 10)
-        steps = run.metrics["env_steps"].reshape(len(run.task_order), -1)
-        curves = curves_of(run, name)
-        for position in range(len(run.task_order)):
-            estimates = np.array([mean_estimate(column) for column in curves[:, position].T])
-            axes.plot(steps[position], estimates[:, 0], color=color, label=method if position == 0 else None)
-            axes.fill_between(steps[position], estimates[:, 1], estimates[:, 2], color=color, alpha=0.15, linewidth=0)
-    results.mark_tasks(axes, next(iter(runs.values())))
-    axes.set_xlabel("environment steps (slots, resets included)")
-    axes.set_ylabel("greedy success" if reports_wins else "greedy return")
-    if reports_wins:
-        axes.set_ylim(-0.03, 1.03)
-    seeds = len(next(iter(runs.values())).metrics[name])
-    axes.set_title(f"{next(iter(runs.values())).config.learner.mixer}, {seeds} seeds: mean and 95 % interval", pad=20, fontsize=10)
-    axes.legend(loc="lower left", fontsize=9)
-    axes.grid(alpha=0.3)
-    return figure
-
-
-def write(runs: Mapping[str, RunResult], directory: Path, reports_wins: bool = True) -> None:
-    """Writes `comparison.json`, `comparison.png` and a directory per method into a directory that exists."""
-    for index, (method, run) in enumerate(runs.items()):
-        own = directory / f"{index}-{''.join(letter if letter.isalnum() or letter in '_+' else '-' for letter in method)[:40]}"
-        own.mkdir()
-        results.write(run, own, reports_wins)
-    write_comparison(runs, directory, reports_wins)
-
-
-def write_comparison(runs: Mapping[str, RunResult], directory: Path, reports_wins: bool = True) -> None:
-    """Writes `comparison.json` and `comparison.png` into a directory that exists."""
-    comparison = compare(runs, reports_wins)
-    (directory / "comparison.json").write_text(json.dumps(_as_json(comparison), indent=2) + "\n")
-    plot(runs, reports_wins).savefig(directory / "comparison.png", dpi=120)
-
-
-def _as_json(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "measure": comparison.measure,
-        "seeds": comparison.seeds,
-        "final": {method: [results.plain(estimate) for estimate in estimates] for method, estimates in comparison.final.items()},
-        "against_first": {method: results.plain(difference) for method, difference in comparison.against.items()},
-        "probability_of_improvement": {method: results.plain(chance) for method, chance in comparison.improvement.items()},
-        "sentences": list(comparison.sentences),
-    }

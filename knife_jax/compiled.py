@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from knife_jax import hosts
 from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
 from knife_jax.learner import Metrics
 from knife_jax.program import RunnerState
@@ -45,8 +46,8 @@ class Compiled(NamedTuple):
 
 
 def seeds_mesh(count: int) -> Mesh:
-    """A row of so many devices, over which the seeds' axis is split."""
-    return Mesh(np.asarray(jax.devices()[:count]), (SEEDS,))
+    """A row of so many devices, of every process as many, over which the seeds' axis is split."""
+    return Mesh(np.asarray(hosts.devices_of_all(count)), (SEEDS,))
 
 
 def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Mesh) -> Compiled:
@@ -82,7 +83,7 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     finish = lower(pieces.finish, (axes.state, 0, None), (axes.state, 0, 0), (carry.state, carry.since_last, place), (0,))
 
     def placed(tree: Any) -> Any:
-        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(SEEDS)))
+        return jax.tree.map(lambda leaf: hosts.placed(leaf, NamedSharding(mesh, PartitionSpec(SEEDS))), tree)
 
     return Compiled(pieces, carry, placed, *(lowered.compile() for lowered in (init, begin, advance, finish)))
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,10 @@ class RunStoppedError(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal = signal_number
+
+    def of_sweep(self, out: Path) -> "RunStoppedError":
+        """The same of a run that is one of a sweep, whose directory is given."""
+        return RunStoppedError(f"{self}\nor, with the whole sweep: knife-jax train --resume --out {out}", self.signal)
 
 
 class Interruptions:

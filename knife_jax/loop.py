@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from knife_jax import hosts
 from knife_jax.chunks import Carry, Swept
 from knife_jax.compiled import Compiled
 from knife_jax.journal import Arrays, Journal
@@ -132,7 +133,8 @@ class Loop:
                 snapshot = Snapshot(Point(index, position, 0), compiled.begin(state, swept, place), {}, learned)
             state = self._train_on_task(snapshot, swept, place, journal)
         assert state is not None
-        variables, report = jax.tree.map(lambda leaf: np.asarray(leaf)[:kept], (state.learner.variables, state.learner.report))
+        everything = hosts.gathered((state.learner.variables, state.learner.report))
+        variables, report = jax.tree.map(lambda leaf: leaf[:kept], everything)
         return Learned(journal.metrics, variables, report)
 
     def _train_on_task(self, start: Snapshot, swept: Swept, place: tuple[np.int32, np.int32], journal: Journal) -> RunnerState:
@@ -144,16 +146,17 @@ class Loop:
             count = self.pace.rounds(min(pieces.rounds_per_task - rounds, pieces.most_rounds - within))
             began = time.perf_counter()
             carry, rows = compiled.advance(carry, swept, place, np.int32(count))
-            metrics, evaluations = jax.device_get(rows)
-            seconds = time.perf_counter() - began
+            evaluations = int(rows.count)
+            metrics = hosts.gathered(rows.metrics) if evaluations else {}
+            (seconds,) = hosts.most(time.perf_counter() - began)  # chunks are as long on all of them
             self.pace.took(count, seconds)
             rounds += count
             point = Point(batch, position, rounds)
-            status = Status(point, int(carry.state.counters.updates), journal.write(metrics, int(evaluations)), seconds)
+            status = Status(point, int(carry.state.counters.updates), journal.write(metrics, evaluations), seconds)
             self.on_status(status)
             self.after_chunk(status, partial(_snapshot, point, carry, journal, start.learned))
         began, updates = time.perf_counter(), int(carry.state.counters.updates)
         state, row, everywhere = compiled.finish(carry.state, carry.since_last, place)
-        rows = journal.write_end(*jax.device_get((row, everywhere)))
+        rows = journal.write_end(*hosts.gathered((row, everywhere)))
         self.on_status(Status(Point(batch, position, rounds), updates, rows, time.perf_counter() - began))
         return state

@@ -163,7 +163,7 @@ def evaluate(path: str | Path, episodes: int, seed: int | None = None, first_key
     if episodes < 1:
         raise ValueError(f"episodes: at least 1, got {episodes}")
     policy = load_policy(path, seed)
-    variables = _read(Path(path))[1] if seed is None else jax.tree.map(lambda leaf: leaf[None], policy.variables)
+    variables = load_variables(path) if seed is None else jax.tree.map(lambda leaf: leaf[None], policy.variables)
     networks = policy.networks
     keys = jax.random.split(jax.random.key(first_key), episodes)
 
@@ -188,6 +188,15 @@ def task_index(policy: Policy, name: str | None) -> int:
     if name is not None and name not in names:
         raise unknown_name("task", name, names)
     return 0 if name is None else names.index(name)
+
+
+def load_variables(path: str | Path) -> Any:
+    """The variables of all seeds, `{"params": ..., "reserve": ...}` with the seed axis in front, in numpy.
+
+    Raises:
+        ValueError: if there is no policy or it is damaged.
+    """
+    return _read(Path(path))[1]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Any]:

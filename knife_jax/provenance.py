@@ -16,6 +16,7 @@ def environment_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
         "processor": platform.processor() or platform.machine(),
         "revision": _revision(),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knife_jax import checkpoint, results
+from knife_jax import checkpoint, hosts, results
 from knife_jax.checkpoint import CheckpointError
 from knife_jax.chunks import Carry, Pieces
 from knife_jax.interrupts import Interruptions, RunStoppedError
@@ -81,14 +81,17 @@ class RunDirectory:
         self._wandb: WandbLog | None = None
         wandb.check()
         if resume:
-            self._check(read_run_file(path))
+            check_resumable(path, self._identity)
         else:
-            with results.new_directory(path) as unfinished:
-                (unfinished / "config.yaml").write_text(config.to_yaml())
-                self._write_run_file(unfinished, done=False)
-        if wandb.mode != "disabled":
+            hosts.first_does(self._create)
+        if wandb.mode != "disabled" and hosts.is_first():
             facts = {**self._identity, "provenance": environment_facts()}
             self._wandb = WandbLog(wandb, path, facts)
+
+    def _create(self) -> None:
+        with results.new_directory(self.path) as unfinished:
+            (unfinished / "config.yaml").write_text(self._pieces.program.config.to_yaml())
+            write_run_file(unfinished, self._identity, done=False)
 
     @property
     def seconds(self) -> float:
@@ -106,14 +109,17 @@ class RunDirectory:
         extra = loaded.extra if loaded else {"seconds": 0.0, "evaluations": 0, "log_bytes": [0, 0]}
         self._began -= extra["seconds"]
         self._evaluations = extra["evaluations"]
-        self._logs = LogFiles(self.path)
-        self._logs.cut(extra["log_bytes"])
-        if self._wandb is not None:
-            self._wandb.open()
+        hosts.first_does(lambda: self._open_logs(extra["log_bytes"]))
         if loaded is None:
             return None
         self._updates_saved = int(loaded.snapshot.carry.state.counters.updates)
         return loaded.snapshot
+
+    def _open_logs(self, sizes: Sequence[int]) -> None:
+        self._logs = LogFiles(self.path)
+        self._logs.cut(sizes)
+        if self._wandb is not None:
+            self._wandb.open()
 
     def on_status(self, status: Status) -> None:
         """Logs what is new.
@@ -121,6 +127,9 @@ class RunDirectory:
         Raises:
             OSError: if it cannot be written.
         """
+        hosts.first_does(lambda: self._log(status))
+
+    def _log(self, status: Status) -> None:
         assert self._logs is not None
         groups = self._groups[status.point.batch]
         evaluations = [self._evaluation(status.point.batch, *group, row) for row in status.rows for group in groups]
@@ -144,13 +153,13 @@ class RunDirectory:
             RunStoppedError: if it was asked to stop.
             OSError: if the checkpoint cannot be written.
         """
-        asked = self.interruptions.signal
-        if not (asked or self._is_due(status.updates)):
+        number, due = hosts.most(self.interruptions.signal or 0, self._is_due(status.updates))
+        asked = int(number)  # whichever process was asked, all stop
+        if not (asked or due):
             return
         point, order = status.point, self._pieces.program.networks.tasks.order
         step = (point.batch * len(order) + point.position) * self._pieces.rounds_per_task + point.rounds
-        assert self._logs is not None
-        extra = {"seconds": self.seconds, "evaluations": self._evaluations, "log_bytes": self._logs.sizes}
+        extra = {"seconds": self.seconds, "evaluations": self._evaluations, "log_bytes": self._logs.sizes if self._logs else []}
         path = checkpoint.save(self.path / "checkpoints", step, take(), self._identity, extra, self._saving.keep)
         self._saved_at, self._updates_saved = time.perf_counter(), status.updates
         if asked:
@@ -167,6 +176,9 @@ class RunDirectory:
         Args:
             finished: by the name of a directory in that of the run; the empty name is the run's own.
         """
+        hosts.first_does(lambda: self._finish(finished))
+
+    def _finish(self, finished: Mapping[str, RunResult]) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=".results-", dir=self.path))
         try:
             for name, result in finished.items():
@@ -181,7 +193,7 @@ class RunDirectory:
             shutil.rmtree(unfinished, ignore_errors=True)
         if self._wandb is not None:
             self._wandb.finish(finished)
-        self._write_run_file(self.path, done=True)
+        write_run_file(self.path, self._identity, done=True)
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def close(self) -> None:
@@ -191,17 +203,25 @@ class RunDirectory:
         if self._wandb is not None:
             self._wandb.close(1)
 
-    def _write_run_file(self, directory: Path, done: bool) -> None:
-        partial = directory / f".{RUN_FILE}"
-        partial.write_text(json.dumps({**self._identity, "done": done}, indent=2) + "\n")
-        os.replace(partial, directory / RUN_FILE)
 
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        if saved["done"]:
-            raise CheckpointError(f"the run in {self.path} is done; there is nothing to resume")
-        lines = checkpoint.differences({name: value for name, value in saved.items() if name != "done"}, self._identity)
-        if lines:
-            raise CheckpointError(f"the run in {self.path} is another one, which differs in\n  " + "\n  ".join(lines))
+def write_run_file(directory: Path, identity: Mapping[str, Any], done: bool) -> None:
+    """Says in the directory of a run what run it is, and whether it is done."""
+    partial = directory / f".{RUN_FILE}"
+    partial.write_text(json.dumps({**identity, "done": done}, indent=2) + "\n")
+    os.replace(partial, directory / RUN_FILE)
+
+
+def check_resumable(path: Path, identity: Mapping[str, Any]) -> None:
+    """Compares a run with that in a directory.
+
+    Raises:
+        CheckpointError: if there is none, it is done, or it is another one, with the fields that differ.
+    """
+    saved = read_run_file(path)
+    if saved.pop("done"):
+        raise CheckpointError(f"the run in {path} is done; there is nothing to resume")
+    if lines := checkpoint.differences(saved, identity):
+        raise CheckpointError(f"the run in {path} is another one, which differs in\n  " + "\n  ".join(lines))
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

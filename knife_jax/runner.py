@@ -4,7 +4,7 @@ Shapes: S seeds, N evaluations, P positions in the order of tasks.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
 from knife_jax.config import Config, resolve
+from knife_jax.interrupts import RunStoppedError
 from knife_jax.loop import Batch, Learned, Loop, Status
 from knife_jax.pace import Pace
 from knife_jax.plan import make_game, make_plan
@@ -22,7 +23,8 @@ from knife_jax.program import make_program
 from knife_jax.provenance import environment_facts
 from knife_jax.run_directory import RunDirectory, Saving
 from knife_jax.run_result import RunResult
-from knife_jax.sweep import Combination, Sweep, combinations, groups, lanes
+from knife_jax.sweep import Combination, Sweep, combinations, groups, lanes, parts
+from knife_jax.sweep_directory import Place, places, read_finished
 from knife_jax.wandb_log import WandbSettings
 
 Watcher = Callable[[Status], None]
@@ -92,29 +94,34 @@ def run_sweep(
     saving: Saving | None = None,
     wandb: WandbSettings | None = None,
 ) -> dict[str, RunResult]:
-    """Trains every combination of some numbers with all seeds, side by side in one compiled program.
+    """Trains every combination of some settings with all seeds.
+
+    Numbers in `config.hyper` are swept side by side in one compiled program; of anything else (shapes, intervals, the cure) every value
+    takes a program of its own, and these follow one another.
 
     Args:
         config: a `Config`, a nested dict or a preset's name.
-        sweep: `{"section.field": values}`, of fields in `config.hyper`.
+        sweep: `{"section.field": values}`.
         seeds: S, how many seeds each combination has.
         first_seed: the first of them.
         seeds_per_batch: how many lanes, each a combination with a seed, are trained side by side, at most.
         devices: as in `run`, over lanes.
         chunk_rounds: as in `run`.
         progress: as in `run`.
-        out: as in `run`; every combination has its results in a directory of its own there.
+        out: as in `run`; every combination has its results in a directory of its own there, those of a program of its own in the
+            directory of that program's run.
         resume: as in `run`.
         saving: as in `run`.
         wandb: as in `run`; the names of metrics begin with the combination's.
 
     Returns:
-        The result of every combination by its label, such as `optimizer.learning_rate=0.0005`.
+        The result of every combination by its label, such as `optimizer.learning_rate=0.0005`. Programs that were done before a sweep was
+        resumed give what is in their files, which is without the cure's report.
 
     Raises:
-        ValueError: for what cannot be swept, with the reason; else as `run`.
+        ValueError: for a field or a value that does not exist, with the reason; else as `run`.
         OSError: as `run`.
-        RunStoppedError: as `run`.
+        RunStoppedError: as `run`; of a program of a sweep, it says how to go on with the sweep.
     """
     _check_counts(seeds=seeds, seeds_per_batch=seeds_per_batch, devices=devices, chunk_rounds=chunk_rounds)
     if resume and out is None:
@@ -122,19 +129,54 @@ def run_sweep(
     if wandb is not None and wandb.mode != "disabled" and out is None:
         raise ValueError("wandb: needs a directory in out")
     config = resolve(config)
-    pieces, chosen = Pieces(make_program(config)), combinations(config, sweep)
+    setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": seeds_per_batch, "devices": devices}
+    options = {"chunk_rounds": chunk_rounds, "progress": progress, "saving": saving, "wandb": wandb}
+    finished: dict[str, RunResult] = {}
+    for place in sweep_places(config, sweep, Path(out) if out is not None else None, resume, seeds, first_seed):
+        finished |= run_part(place, **setting, **options)
+    return finished
+
+
+def sweep_places(config: Config, sweep: Sweep, out: Path | None, resume: bool, seeds: int, first_seed: int) -> Iterator[Place]:
+    """The programs of a sweep, each with its place; see `run_sweep`.
+
+    Raises:
+        ValueError: for what cannot be swept or run, before the first program is yielded; else as `sweep_directory.places`.
+    """
+    programs = parts(config, sweep)
+    for part in programs:
+        make_program(part.config)  # refuses what cannot be run before the first hour is spent
+    named = {name: list(values) for name, values in sweep.items()}
+    identity = {"config": config.to_dict(), "seeds": seeds, "first_seed": first_seed, "sweep": named}
+    return places(programs, out, resume, identity)
+
+
+def run_part(
+    place: Place,
+    *,
+    seeds: int,
+    first_seed: int,
+    seeds_per_batch: int | None = None,
+    devices: int | None = None,
+    chunk_rounds: int | None = None,
+    progress: Watcher | None = None,
+    saving: Saving | None = None,
+    wandb: WandbSettings | None = None,
+) -> dict[str, RunResult]:
+    """Runs one program of a sweep, or reads what it left if it was done before; arguments, results and errors as in `run_sweep`."""
+    if place.done:
+        return place.part.labelled(read_finished(place))
+    pieces, chosen = Pieces(make_program(place.part.config)), combinations(place.part.config, place.part.sweep)
     total = len(chosen) * seeds
     devices = choose_devices(total, seeds_per_batch, devices)
     width = batch_width(total, seeds_per_batch, devices)
     setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width, "devices": devices}
-    setting |= {"sweep": {name: list(values) for name, values in sweep.items()}} if sweep else {}
+    setting |= {"sweep": {name: list(values) for name, values in place.part.sweep.items()}} if place.part.sweep else {}
     batches = _batches(chosen, seeds, first_seed, width)
     directory = None
-    if out is not None:
-        named = [groups(chosen, seeds, index * width, batch.kept) for index, batch in enumerate(batches)]
-        if not sweep and len(batches) > 1:
-            named = [[(f"batch_{index + 1}", part) for _, part in parts] for index, parts in enumerate(named)]
-        directory = RunDirectory(Path(out), pieces, setting, saving or Saving(), wandb or WandbSettings(), named, resume)
+    if place.out is not None:
+        named = _named_groups(chosen, seeds, width, batches)
+        directory = RunDirectory(place.out, pieces, setting, saving or Saving(), wandb or WandbSettings(), named, place.resume)
     started = time.perf_counter()
     compiled = compile_pieces(pieces, batches[0].keys, batches[0].swept, seeds_mesh(devices))
     compiled_at = time.perf_counter()
@@ -146,8 +188,19 @@ def run_sweep(
         return _results(pieces, chosen, seeds, learned, provenance)
 
     if directory is None:
-        return results_of(loop.run(), time.perf_counter() - compiled_at)
-    return _recorded(loop, directory, results_of)
+        return place.part.labelled(results_of(loop.run(), time.perf_counter() - compiled_at))
+    try:
+        return place.part.labelled(_recorded(loop, directory, results_of))
+    except RunStoppedError as stopped:
+        raise stopped.of_sweep(directory.path.parent) if place.part.label else stopped from None
+
+
+def _named_groups(chosen: Sequence[Combination], seeds: int, width: int, batches: Sequence[Batch]) -> list[list[tuple[str, slice]]]:
+    """The parts of every batch that are logged apart: combinations or, of a single one, batches."""
+    named = [groups(chosen, seeds, index * width, batch.kept) for index, batch in enumerate(batches)]
+    if chosen[0].label or len(batches) == 1:
+        return named
+    return [[(f"batch_{index + 1}", part) for _, part in found] for index, found in enumerate(named)]
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -179,14 +232,18 @@ def _recorded(
 
 
 def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None) -> int:
-    """Over how many devices the seeds are spread.
+    """Over how many devices the seeds are spread; of several processes each has as many of them.
 
     Raises:
-        ValueError: if more are asked for than there are, or than there are seeds side by side.
+        ValueError: if more are asked for than there are, or than there are seeds side by side, or the processes cannot share them evenly.
     """
-    together = min(seeds, seeds_per_batch or seeds)
+    together, processes = min(seeds, seeds_per_batch or seeds), jax.process_count()
+    if together < processes:
+        raise ValueError(f"seeds: {together} side by side are fewer than the {processes} processes")
     if devices is None:
-        return min(jax.device_count(), together)
+        return min(jax.device_count(), together) // processes * processes
+    if devices % processes:
+        raise ValueError(f"devices: {processes} processes cannot share {devices} evenly")
     if devices > jax.device_count():
         raise ValueError(f"devices: there are {jax.device_count()}, not {devices}")
     if devices > together:

@@ -1,4 +1,7 @@
-"""Aggregates over seeds, with intervals."""
+"""Aggregates over seeds, with intervals.
+
+Shapes: S and Z seeds, T thresholds, M metrics.
+"""
 
 from typing import NamedTuple
 
@@ -22,6 +25,14 @@ class Estimate(NamedTuple):
     def below(self, other: "Estimate") -> bool:
         """Whether this one's whole interval lies below the other's."""
         return self.high < other.low
+
+
+class Profile(NamedTuple):
+    """The share of runs above each threshold `[T]`, and the ends of its 95 % band."""
+
+    share: Float[np.ndarray, "T"]
+    low: Float[np.ndarray, "T"]
+    high: Float[np.ndarray, "T"]
 
 
 def iqm(values: Float[np.ndarray, "..."], axis: int = -1) -> np.ndarray:
@@ -83,6 +94,26 @@ def probability_of_improvement(better: Float[np.ndarray, "S"], worse: Float[np.n
     drawn = np.concatenate([chance(*parts) for parts in zip(*(np.array_split(draw, 100) for draw in draws), strict=True)])
     low, high = np.quantile(drawn, (0.025, 0.975))
     return Estimate(point, float(low), float(high))
+
+
+def performance_profile(scores: Float[np.ndarray, "S"], thresholds: Float[np.ndarray, "T"]) -> Profile:
+    """The share of runs that score above each threshold; a run that meets a threshold exactly is not above it.
+
+    With one score per run, its mean over tasks, this is the average-score distribution of the reference; the tasks of a sequence depend on
+    each other, so that their scores are not counted as runs of their own. The band is a percentile bootstrap's over seeds, at each
+    threshold by itself, and NaN with one seed. NaNs (seeds with nothing to report) are left out.
+
+    References:
+        Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021, Section 4.2.
+    """
+    kept = scores[np.isfinite(scores)]
+    above = (kept[:, None] > thresholds).astype(np.float64)
+    if len(kept) < 2:
+        nothing = np.full(len(thresholds), np.nan)
+        return Profile(above[0] if len(kept) else nothing, nothing, nothing)
+    drawn = np.random.default_rng(0).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=_RESAMPLES)
+    low, high = np.quantile(drawn @ above / len(kept), (0.025, 0.975), axis=0)
+    return Profile(above.mean(axis=0), low, high)
 
 
 def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:

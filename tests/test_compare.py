@@ -1,11 +1,12 @@
 """Comparisons of cures: pairing by seed, verdicts, and the files of `knife-jax compare`."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
-from knife_jax import Config, cli, compare, results
+from knife_jax import Config, cli, compare, comparison_files, results
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import probability_of_improvement
 
@@ -125,3 +126,29 @@ def test_probability_of_improvement():
     np.testing.assert_allclose(estimate.value, (1 + 0 + 1 + 0.5 + 1 + 1) / 6)
     assert estimate.low < estimate.value < estimate.high <= 1.0
     assert np.isnan(probability_of_improvement(better[:1], worse).low)
+
+
+def test_the_picture_shows_curves_bars_and_profiles():
+    """A bar per method and task as high as its mean, its interval beside it; a profile per method that falls from 1 to 0."""
+    levels = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 0, 0]])
+    runs = {"none": _run(levels), "cure": _run(np.ones((5, 3)))}
+    compared = compare.compare(runs)
+    _, tasks, profile = figure_axes = comparison_files.plot(runs, compared).axes
+    assert len(figure_axes) == 3
+    heights = [bar.get_height() for bar in tasks.patches]  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_allclose(heights, [1.0, 0.4, 0.4, 1.0, 1.0, 1.0])
+    segments = tasks.collections[0].get_segments()  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_allclose(segments[1][:, 1], compared.final["none"][1][1:])
+    none, cure = (np.asarray(line.get_ydata()) for line in profile.lines)
+    np.testing.assert_allclose([none[0], none[-1], cure[0], cure[-1]], [0.6, 0.0, 1.0, 0.0])
+    assert np.all(np.diff(none) <= 0)
+
+
+@pytest.mark.parametrize("reports_wins", [True, False])
+def test_one_seed_has_a_picture_without_intervals(reports_wins):
+    """Neither bars nor profile fail where there is no interval to draw; profiles of returns span the returns."""
+    runs = {"none": _run([[1, 0, 1]]), "cure": _run([[1, 1, 1]])}
+    compared = compare.compare(runs, reports_wins)
+    comparison_files.plot(runs, compared).savefig(io.BytesIO())
+    np.testing.assert_allclose(compared.thresholds[[0, -1]], [0, 1] if reports_wins else [5, 10])
+    assert np.isnan(compared.profiles["cure"].low).all()

@@ -144,6 +144,46 @@ def test_a_signal_saves_and_stops(whole, tmp_path, number, capfd):
     _same(runner.run(SMALL, out=tmp_path / "out", resume=True, **OPTIONS), whole)
 
 
+WRITING = """
+import sys, time
+from pathlib import Path
+from knife_jax import checkpoint, runner
+from knife_jax.config import resolve
+from knife_jax.run_directory import Saving
+
+write, calls = checkpoint._write_state, []
+
+
+def slow(path, carry):
+    write(path, carry)
+    calls.append(path)
+    if len(calls) == 3:
+        print("writing", flush=True)
+        time.sleep(300)
+
+
+checkpoint._write_state = slow
+runner.run(resolve(eval(sys.argv[1])), out=Path(sys.argv[2]), saving=Saving(every_minutes=0.0), **eval(sys.argv[3]))
+"""
+
+
+def test_a_second_signal_leaves_at_once(whole, tmp_path, compile_once):
+    """In the middle of a checkpoint: the process is gone with the signal's status, and the run goes on from the one before."""
+    out = tmp_path / "out"
+    quick = {"JAX_COMPILATION_CACHE_DIR": str(compile_once), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-c", WRITING, repr(SMALL), str(out), repr(OPTIONS)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **quick}, **pipes) as process:
+        assert process.stdout.readline() == "writing\n"  # pyright: ignore[reportOptionalMemberAccess]
+        process.send_signal(signal.SIGINT)
+        while "once more to leave at once" not in (line := process.stderr.readline()):  # pyright: ignore[reportOptionalMemberAccess]
+            assert line and process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert [path.name for path in sorted((out / "checkpoints").glob("0*"))] == ["000000000007", "000000000014"]
+    _same(runner.run(SMALL, out=out, resume=True, **OPTIONS), whole)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(whole, tmp_path, monkeypatch):
     """A full disk in the middle of one: a clear error, nothing half written, and the run goes on from the one before."""
     out, write, calls = tmp_path / "out", checkpoint._write_state, []

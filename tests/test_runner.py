@@ -112,8 +112,8 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 
 ON_DEVICES = """
 import sys
-import numpy as np
 import jax
+import numpy as np
 from knife_jax import runner
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
@@ -123,11 +123,11 @@ from knife_jax.run_directory import Saving
 
 config, out = resolve(eval(sys.argv[1])), sys.argv[2]
 pieces, keys = Pieces(make_program(config)), runner.seed_keys(8)
-compiled = compile_pieces(pieces, keys, {}, seeds_mesh(4))
+compiled = compile_pieces(pieces, keys, {}, seeds_mesh(8))
 text = compiled.advance.as_text()
 assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter") if word in text]
-compile_once = {4: compiled}
-runner.compile_pieces = lambda pieces, keys, swept, mesh: compile_once[mesh.size]
+compile_once, compile_pieces = {8: compiled}, runner.compile_pieces
+runner.compile_pieces = lambda pieces, keys, swept, mesh: compile_once.get(mesh.size) or compile_pieces(pieces, keys, swept, mesh)
 
 
 def die(status):
@@ -136,30 +136,39 @@ def die(status):
 
 
 try:
-    runner.run(config, seeds=8, devices=4, out=out, saving=Saving(every_minutes=0.0), chunk_rounds=7, progress=die)
+    runner.run(config, seeds=8, devices=8, out=out, saving=Saving(every_minutes=0.0), chunk_rounds=7, progress=die)
 except RuntimeError:
     pass
-result = runner.run(config, seeds=8, devices=4, out=out, resume=True, chunk_rounds=7)
-assert result.provenance["devices"] == 4
+result = runner.run(config, seeds=8, devices=8, out=out, resume=True, chunk_rounds=7)
+assert result.provenance["devices"] == 8
+on_two = runner.run(config, seeds=8, devices=2, seeds_per_batch=2)
+for name, values in on_two.metrics.items():
+    np.testing.assert_array_equal(values, result.metrics[name], err_msg=name)
+jax.tree.map(np.testing.assert_array_equal, on_two.variables, result.variables)
 np.savez(out + "/all.npz", **{name.replace("/", "."): values for name, values in result.metrics.items()})
 """
 
 
 @pytest.mark.slow
-def test_seeds_on_four_devices_have_the_numbers_of_one(single, tmp_path):
-    """Two seeds on each of four devices, without a word between them, killed and resumed: the numbers of two seeds on one.
+def test_seeds_on_eight_devices_have_the_numbers_of_one(single, tmp_path):
+    """A seed on each of eight, without a word between them, killed and resumed: the numbers of one to 1e-6 over the first 20 updates.
 
-    Not the bits: XLA compiles the same functions for several devices with other roundings (measured here: 1e-6 of a loss).
+    Also the bits of two devices with a seed on each, four times over. Not those of one: XLA compiles the same function for one device with
+    other roundings than for several (measured, a seed at a time, at either level of optimization: 3e-7; ranks 1e-5).
     """
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-c", ON_DEVICES, repr(SMALL), str(tmp_path / "out")]
     done = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     metrics = np.load(tmp_path / "out" / "all.npz")
+    early = single["metrics"]["updates"][0] <= 20
+    assert early.sum() >= 4 and single["metrics"]["updates"][0][early].max() >= 17
     for name, values in single["metrics"].items():
         found = metrics[name.replace("/", ".")]
         assert len(found) == 8
-        np.testing.assert_allclose(found[:2], values, rtol=1e-5, atol=1e-5, err_msg=name)
+        within = early if values.shape[1] == len(early) else slice(0, 1)  # all tasks at the end of the first
+        accuracy = max(1e-6, tolerance(name))
+        np.testing.assert_allclose(found[:2, within], values[:, within], rtol=accuracy, atol=accuracy, err_msg=name)
 
 
 def test_pace_finds_the_rounds_that_last_as_long_as_wanted():

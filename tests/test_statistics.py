@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from knife_jax import continual
-from knife_jax.statistics import Estimate, iqm, iqm_estimate, mean_estimate
+from knife_jax.statistics import Estimate, iqm, iqm_estimate, mean_estimate, performance_profile
 
 
 def test_iqm_is_the_mean_of_the_middle_half():
@@ -37,6 +38,19 @@ def test_below_needs_intervals_apart():
     """Touching is not apart."""
     assert Estimate(0.1, 0.0, 0.2).below(Estimate(0.5, 0.3, 0.7))
     assert not Estimate(0.1, 0.0, 0.3).below(Estimate(0.5, 0.3, 0.7))
+
+
+def test_performance_profile():
+    """Shares against counting; the band against the binomial law that resampling whole seeds follows; NaNs are left out."""
+    scores, thresholds = np.array([0.0, 0.25, 0.25, 0.5, 1.0, np.nan] * 4), np.array([-1.0, 0.0, 0.25, 0.3, 1.0])
+    profile = performance_profile(scores, thresholds)
+    np.testing.assert_allclose(profile.share, [1.0, 0.8, 0.4, 0.4, 0.0])
+    expected = stats.binom.ppf(np.array([[0.025], [0.975]]), 20, profile.share) / 20
+    np.testing.assert_allclose([profile.low, profile.high], expected, atol=0.051)
+    assert np.all(profile.low <= profile.share) and np.all(profile.share <= profile.high)
+    alone = performance_profile(np.array([0.5]), thresholds)
+    np.testing.assert_array_equal(alone.share, [1, 1, 1, 1, 0])
+    assert np.isnan(alone.low).all() and np.isnan(performance_profile(np.array([np.nan]), thresholds).share).all()
 
 
 def test_sequence_measures_by_hand():
