@@ -17,7 +17,7 @@ from knife_jax.results import mark_tasks
 from knife_jax.run_result import RunResult
 from knife_jax.statistics import normal_estimates
 
-SHOWN = ("none", "fresh", "reset", "redo", "reborn", "plasticity_injection", "knife")
+SHOWN = ("none", "fresh", "reset", "redo", "reborn", "plasticity_injection", "knife", "knife_mixing")
 """Methods in figures that cannot show them all."""
 NAMES: Mapping[Measure, str] = {"won": "greedy success", "return": "greedy return", "optimum_share": "share of the best return"}
 

@@ -75,6 +75,7 @@ class Protocol(BaseModel):
         mixers: what each learner changes.
         settings: what each setting changes.
         methods: the candidates of each method, sections `plasticity`; the first are the literature's.
+        only_with: the mixers that a method is for, where that is not all of them.
         tuning: how one of them is chosen.
         scales: `quick`, `standard` and `full`.
     """
@@ -89,6 +90,7 @@ class Protocol(BaseModel):
     mixers: dict[str, Nested]
     settings: dict[str, Nested] = {"default": {}}
     methods: dict[str, list[dict[str, Any]]]
+    only_with: dict[str, list[str]] = {}
     tuning: Tuning = Tuning()
     scales: dict[str, Scale]
 
@@ -150,6 +152,8 @@ def cells(
     for setting in _some("setting", size.settings, protocol.settings):
         for mixer in _some("mixer", size.mixers, protocol.mixers):
             for method in _some("method", size.methods, protocol.methods):
+                if mixer not in protocol.only_with.get(method, protocol.mixers):
+                    continue
                 plasticity = (chosen or {}).get(method, protocol.methods[method][0])
                 config = configuration(protocol, size, setting, mixer, plasticity)
                 for first in range(0, total, size.seeds_per_file):

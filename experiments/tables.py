@@ -23,6 +23,7 @@ RESETS = ("reset", CEILING)
 """Methods that give up what was learned; the paper's claims are about the others."""
 CONTROLS = (
     "random_neurons",
+    "random_mixing",
     "knife_without_knowledge",
     "knife_without_active",
     "knife_without_compensation",
@@ -147,6 +148,15 @@ def claims(runs: Mapping[str, RunResult], measure: Measure) -> list[Claim]:
             _above("KNIFE is better than every rival that keeps what was learned", later, "knife", rivals),
             _above("KNIFE needs its parts and its choice of units (better than every null control)", later, "knife", controls),
             _above("KNIFE reaches what fresh networks do", later, "knife", [CEILING], margin=0.05),
+            _above("KNIFE on the mixing layer is better than no cure", later, "knife_mixing", ["none"]),
+            _above(
+                "KNIFE on the mixing layer is better than every rival that keeps what was learned",
+                later,
+                "knife_mixing",
+                [*rivals, "knife"],
+            ),
+            _above("KNIFE on the mixing layer needs its choice of units", later, "knife_mixing", ["random_mixing"]),
+            _above("KNIFE on the mixing layer reaches what fresh networks do", later, "knife_mixing", [CEILING], margin=0.05),
         )
         if claim is not None
     ]
@@ -182,7 +192,8 @@ def foretelling(run: RunResult, measure: Measure, below: float = 0.5) -> dict[st
 
     Returns:
         `{score: area}` over the shares of the diagnoses, and `low_activity` (minus the gradient's norm over the weights', of each network),
-        `low_activity_for_its_history` (the same as a share of its own highest so far). The interval is a bootstrap's over seeds; empty if
+        `low_activity_for_its_history` (the same as a share of its own highest so far), and for QMIX the mixing layer's saturation and
+        openness. The interval is a bootstrap's over seeds; empty if
         all cases failed, or none did.
     """
     positions = len(run.task_order)
@@ -206,6 +217,10 @@ def _scores(run: RunResult) -> dict[str, Float[np.ndarray, "S P"]]:
             so_far = np.maximum.accumulate(activity.reshape(len(activity), -1), axis=1).reshape(activity.shape)
             found[f"{network}: low activity"] = -activity[..., -1]
             found[f"{network}: low activity for its history"] = -(activity / np.maximum(so_far, 1e-12))[..., -1]
+    for measure in ("openness", "saturation"):
+        if (name := f"at_end/plasticity/mixer/mixing/{measure}") in run.metrics:
+            sign = -1.0 if measure == "openness" else 1.0
+            found[f"mixing layer: {'low ' if sign < 0 else ''}{measure}"] = sign * run.metrics[name].astype(np.float64)
     return {name: np.nan_to_num(values) for name, values in found.items()}
 
 

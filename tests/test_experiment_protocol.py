@@ -46,9 +46,16 @@ def test_every_candidate_of_every_method_fits_the_networks(name):
     """Programs are made, not compiled, for each setting and learner."""
     described = protocol.read(name)
     for setting, mixer in itertools.product(described.settings, described.mixers):
-        for candidate in itertools.chain.from_iterable(described.methods.values()):
+        fitting = (method for method in described.methods if mixer in described.only_with.get(method, described.mixers))
+        for candidate in itertools.chain.from_iterable(described.methods[method] for method in fitting):
             config = protocol.configuration(described, described.scales["standard"], setting, mixer, candidate)
             assert make_program(config).config == config
+
+
+def test_methods_are_trained_with_the_mixers_they_are_for():
+    """QPLEX has no mixing layer to put composites on."""
+    places = {(cell.mixer, cell.method) for cell in protocol.cells(protocol.read("matrix_drift"), "standard")}
+    assert ("qmix", "knife_mixing") in places and ("qplex", "knife_mixing") not in places and ("qplex", "knife") in places
 
 
 @pytest.mark.parametrize("name", TRAINING)
