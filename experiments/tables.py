@@ -214,7 +214,7 @@ def _scores(run: RunResult) -> dict[str, Float[np.ndarray, "S P"]]:
         norms = [f"plasticity/{network}/{norm}_norm" for norm in ("grad", "weight")]
         if all(name in heights for name in norms):
             activity = heights[norms[0]] / np.maximum(heights[norms[1]], 1e-8)
-            so_far = np.maximum.accumulate(activity.reshape(len(activity), -1), axis=1).reshape(activity.shape)
+            so_far = np.fmax.accumulate(activity.reshape(len(activity), -1), axis=1).reshape(activity.shape)
             found[f"{network}: low activity"] = -activity[..., -1]
             found[f"{network}: low activity for its history"] = -(activity / np.maximum(so_far, 1e-12))[..., -1]
     for measure in ("openness", "saturation"):
