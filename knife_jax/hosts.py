@@ -64,7 +64,7 @@ def connect(hosts: Hosts) -> None:
 
 
 def _await_all() -> None:
-    """Waits for the slowest; collectives themselves wait for half a minute only, and compiling may take one process longer than another."""
+    """Waits for the slowest: the first collective gives up after half a minute, and one process may compile for longer than another."""
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key="knife_jax", timeout_ms=1000 * LONGEST_WAIT_SECONDS)
