@@ -145,6 +145,24 @@ def test_dead_units_need_no_slot():
     np.testing.assert_allclose(net.values(after, net.data), before, rtol=0, atol=1e-6 * float(jnp.abs(before).max()))
 
 
+@pytest.mark.parametrize("select", ["dormant", "inactive"])
+def test_units_low_in_another_measure_are_treated(select):
+    """Silent units are dormant, and units that nobody reads are inactive: two are found, others are left alone, the function stays."""
+    net = small(select=select, threshold=1e-6, layers="net/hidden_0", dead_units=False)
+    variables, opt_state = net.start()
+    layer, reader = (variables["params"]["net"][name] for name in ("hidden_0", "hidden_1"))
+    if select == "dormant":
+        layer["bias"] = layer["bias"].at[jnp.array([2, 5])].set(-100.0)
+    else:
+        reader["kernel"] = reader["kernel"].at[jnp.array([2, 5])].set(0.0)
+    before, state = net.values(variables, net.data), net.measure(variables)
+    _, trees, report = jax.jit(lambda key: net.method.apply(key, state, Trees(variables, None, opt_state), net.tx))(jax.random.key(3))
+    assert int(report["net/hidden_0/treated"]) == 2
+    redrawn = (trees.variables["params"]["net"]["hidden_0"]["bias"] != layer["bias"]).nonzero()[0]
+    np.testing.assert_array_equal(redrawn, [2, 5])
+    np.testing.assert_allclose(net.values(trees.variables, net.data), before, rtol=0, atol=1e-6 * float(jnp.abs(before).max()))
+
+
 def test_reports_add_up():
     """Stagnant and not make the layer; treated and reserve_full make what was chosen; slots in use grow by what needed one."""
     net = small(reserve=0.5, max_fraction=0.75, layers="net/hidden_1")

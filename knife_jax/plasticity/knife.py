@@ -39,12 +39,15 @@ from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables,
 from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
 
 
+Select = Literal["stagnant", "dormant", "inactive"]
+
+
 class KnifeState(NamedTuple):
     """What KNIFE remembers between gradients.
 
     Attributes:
         window: update activity since the last intervention.
-        seen: sums of |h| over the window, by tap.
+        seen: sums of |h| or |dL/dh| over the window, by tap, as far as the options ask for them.
         error: summed root mean square of dL/dQ_tot over the window.
         age: `{layer: [*K, R]}`, gradient steps since a slot was filled; empty where nothing is released.
     """
@@ -70,6 +73,7 @@ class Settings(NamedTuple):
     parts: Parts = WHOLE
     choose: str = "stagnant"
     release_updates: float | None = None
+    select: str = "stagnant"
 
 
 def knife(
@@ -88,6 +92,7 @@ def knife(
     repeat: bool = True,
     into_frozen: Literal["none", "drawn"] = "none",
     release_updates: float | None = None,
+    select: Select = "stagnant",
     interventions: int | None = None,
     _change: tuple[str, dict[str, Any]] = ("knife", {}),
 ) -> Method:
@@ -106,7 +111,7 @@ def knife(
 
     Args:
         graph: the layers of a model.
-        threshold: a unit is stagnant if its relative update activity is below it.
+        threshold: a unit is stagnant if its relative update activity is below it; of another `select`, at most that.
         reserve: slots per live unit of each layer (rounded up); `auto` takes `interventions * max_fraction`, at most 3.
         layers: which ones, see `Graph.select`; `all` leaves out layers that composites cannot be put on.
         composite: `separate` gives K, A and C outgoing weights of their own; `shared` lets them share the unit's, which stay trainable.
@@ -122,6 +127,8 @@ def knife(
         into_frozen: whether A also feeds the frozen units of the next layer, by fixed drawn weights, or they keep exactly what they read.
         release_updates: half-life, in gradient steps, with which K and C fade after an intervention, see `release`; a slot is free again
             after ten of them (the report's `released`). None, as in the paper: they stay.
+        select: what is low in the units to treat: `stagnant` update activity, or, for comparison, `dormant` mean |h| or `inactive` mean
+            |dL/dh| (GraMa), both relative to the layer's mean whatever `reference` says; the report calls them stagnant all the same.
         interventions: how many are planned; with it, a reserve that must run out is refused unless `when_full` says what then.
 
     Raises:
@@ -138,7 +145,8 @@ def knife(
     releasing.check(chosen, release_updates, composite)
     options = (composite, max_fraction, reference, window_decay, optimizer_state, when_full or "skip", dead_units, repeat, parts)
     name, changes = _change
-    settings = Settings(threshold, *options, release_updates=release_updates)
+    check_choice("select", select, get_args(Select))
+    settings = Settings(threshold, *options, release_updates=release_updates, select=select)
     return composite_method(name, chosen, settings._replace(**changes), pairs)
 
 
@@ -215,9 +223,9 @@ def _allocate(graph: Graph, slots: dict[str, int], settings: Settings, variables
 
 
 def _init(graph: Graph, slots: dict[str, int], settings: Settings, variables: Variables) -> KnifeState:
-    seen: dict[str, dict[str, Array]] = {}
-    if settings.dead_units or settings.when_full == "recycle":
-        seen = tapping.zeros(graph, ("absolute",))
+    activations = settings.dead_units or settings.when_full == "recycle" or settings.select == "dormant"
+    statistics = ("absolute",) * activations + ("absolute_gradient",) * (settings.select == "inactive")
+    seen: dict[str, dict[str, Array]] = tapping.zeros(graph, statistics) if statistics else {}
     if settings.when_full == "recycle":
         for layer in graph.layers:
             for part in ("knowledge", "compensation"):
@@ -242,20 +250,30 @@ def _apply(
     check_states(graph, trees)
     key_draw, key_choose = jax.random.split(key)
     relative = scores.relative_activity(state.window, settings.reference, state.error / jnp.maximum(state.window.count, 1.0))
-    activity = scores.activity(state.window)
     operation = _Operation(graph, settings, trees, drawn_once(graph, key_draw))
     report: Report = {}
     for layer, layer_key in zip(graph.layers[::-1], jax.random.split(key_choose, len(graph.layers)), strict=True):
-        candidates = scores.stagnant(relative[layer.name], settings.threshold)
-        if settings.choose == "all":
-            candidates = jnp.ones_like(candidates)
+        candidates, order = _candidates(settings, layer, relative, state)
         released = operation.release(layer, state.age)
-        said = released | operation.treat(layer, layer_key, candidates, activity[layer.name], state.seen)
+        said = released | operation.treat(layer, layer_key, candidates, order, state.seen)
         report |= {f"{layer.name}/{measure}": value for measure, value in said.items()}
     window = scores.restart(state.window)
     age = {name: jnp.where(operation.filled[name], 0.0, values) for name, values in state.age.items()}
     cleared = KnifeState(window, jax.tree.map(jnp.zeros_like, state.seen), jnp.zeros_like(state.error), age)
     return cleared, operation.finish(tx), report
+
+
+def _candidates(settings: Settings, layer: NeuronLayer, relative: dict[str, Array], state: KnifeState) -> tuple[Array, Array]:
+    """Which units may be treated, and by what the lowest are found, `[*K, H]` both."""
+    if settings.select == "stagnant":
+        candidates, order = scores.stagnant(relative[layer.name], settings.threshold), scores.activity(state.window)[layer.name]
+    elif settings.select == "dormant":
+        order = tapping.means(state.seen[layer.name])["absolute"]
+        candidates = scores.dormant(order, settings.threshold)
+    else:
+        order = tapping.means(state.seen[layer.name])["absolute_gradient"]
+        candidates = scores.layer_relative(order) <= settings.threshold
+    return (jnp.ones_like(candidates) if settings.choose == "all" else candidates), order
 
 
 def drawn_once(graph: Graph, key: PRNGKeyArray) -> Any:
