@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from experiments import cells, command, neuron_census, protocol, report, tuning
-from experiments.distilling import teach
 from tests.made_up_runs import made_up
 
 
@@ -147,12 +146,3 @@ def test_quick_from_end_to_end(tmp_path):
     start = [run.metrics["eval/return"][:, 0] for run in runs.values()]
     np.testing.assert_array_equal(start, [start[0]] * 3)
     assert "| knife" in (tmp_path / "report.md").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "work"), [("stationary", None), ("distillation", teach)])
-def test_other_quick_scales_from_end_to_end(tmp_path, name, work):
-    """Every cell has its file, and the report shows a picture."""
-    assert command.main(name, ["--out", str(tmp_path)], work) == 0
-    assert all((tmp_path / cell.file).exists() for cell in protocol.cells(protocol.read(name), "quick"))
-    assert ".png)" in (tmp_path / "report.md").read_text()

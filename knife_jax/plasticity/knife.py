@@ -38,7 +38,6 @@ from knife_jax.plasticity.lift import lift
 from knife_jax.plasticity.method import Method, Report, Swept, Trees, Variables, method, no_fading
 from knife_jax.plasticity.optimizer import Treatment, aged, rewrite
 
-
 Select = Literal["stagnant", "dormant", "inactive"]
 
 
