@@ -48,13 +48,10 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
         if given.seeds is not None and given.seeds < 1:
             raise ValueError(f"--seeds: at least 1, got {given.seeds}")
         part = _part_of(given.part)
-        tuned = described.scales[given.scale].tuned
-        if tuned and not given.list:
-            tuning.tune(described, given.scale, root, console.print)
-        chosen = tuning.chosen(described, given.scale, root) if tuned else None
-        wanted = [cell for cell in protocol.cells(described, given.scale, seeds=given.seeds, chosen=chosen) if _matches(cell, given.only)]
-        if not wanted:
-            raise ValueError(f"--only: nothing is called SETTING/MIXER/METHOD as in {' '.join(given.only)}; --list says what there is")
+        wanted = _wanted(described, given, root)
+        if described.scales[given.scale].tuned and not given.list:
+            tuning.tune(described, given.scale, root, dict.fromkeys(cell.method for cell in wanted), console.print)
+            wanted = _wanted(described, given, root)
         wanted = wanted[part]
         if given.list:
             for cell in wanted:
@@ -66,6 +63,15 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _wanted(described: protocol.Protocol, given: argparse.Namespace, root: Path) -> list[Cell]:
+    """What the flags ask for, with the options that were chosen so far."""
+    chosen = tuning.chosen(described, given.scale, root) if described.scales[given.scale].tuned else None
+    asked = [cell for cell in protocol.cells(described, given.scale, seeds=given.seeds, chosen=chosen) if _matches(cell, given.only)]
+    if not asked:
+        raise ValueError(f"--only: nothing is called SETTING/MIXER/METHOD as in {' '.join(given.only)}; --list says what there is")
+    return asked
 
 
 def _train(wanted: Sequence[Cell], root: Path, console: Console, work: Work | None) -> None:

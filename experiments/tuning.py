@@ -5,7 +5,7 @@ Shapes: S seeds.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,34 @@ Group = list[tuple[Config, dict[str, Any]]]
 """Candidates, each with its configuration."""
 
 
-def tune(protocol: Protocol, scale: str, root: Path, say: Callable[[str], None] = print) -> None:
-    """Tries every candidate of every method that the scale trains, and remembers the scores in `tuning.json`.
+def tune(protocol: Protocol, scale: str, root: Path, methods: Iterable[str] | None = None, say: Callable[[str], None] = print) -> None:
+    """Tries every candidate of some methods, and remembers the scores in `tuning.json`.
 
     A score is the mean performance on the tasks after the first (`measures.later_performance`). Methods with one candidate are not tried,
-    and nothing is tried twice.
+    and nothing is tried twice. Several processes may work in one directory, each on methods of its own.
+
+    Args:
+        protocol: the experiment.
+        scale: whose methods, if `methods` is None.
+        root: the directory of the results.
+        methods: which.
+        say: told every score.
     """
-    path, known = root / FILE, _read(root / FILE)
+    path = root / FILE
     setting, mixer = next(iter(protocol.settings)), next(iter(protocol.mixers))
     about = {"setting": setting, "mixer": mixer, "seeds": protocol.tuning.seeds, "first_seed": protocol.tuning.first_seed}
-    for method in _methods(protocol, scale):
-        candidates = protocol.methods[method]
+    for method in _methods(protocol, scale) if methods is None else methods:
+        candidates, known = protocol.methods[method], _read(path)
         missing = [candidate for candidate in candidates if _score(known, method, candidate) is None]
         if len(candidates) == 1 or not missing:
             continue
         for group in _side_by_side([(configuration(protocol, protocol.tuning, setting, mixer, one), one) for one in missing]):
+            found = []
             for candidate, metrics, config in _tried(protocol, group):
-                score = float(np.mean(later_performance(metrics, config, protocol.measure)))
-                known.setdefault(method, []).append({"options": candidate, "score": score})
-                say(f"tuning {method}: {candidate} {score:.3f}")
+                found.append({"options": candidate, "score": float(np.mean(later_performance(metrics, config, protocol.measure)))})
+                say(f"tuning {method}: {candidate} {found[-1]['score']:.3f}")
+            known = _read(path)
+            known[method] = known.get(method, []) + found
             _write(path, {**about, "measure": protocol.measure, "tried": known})
 
 

@@ -116,7 +116,7 @@ def test_tuning_takes_the_best_candidate_on_seeds_held_apart(tmp_path, monkeypat
 
     monkeypatch.setattr(tuning, "run", run)
     for _ in range(2):
-        tuning.tune(described, "standard", tmp_path, lambda line: None)
+        tuning.tune(described, "standard", tmp_path, ["none", "reset"], lambda line: None)
     assert asked == [100_000, 100_000]
     assert tuning.chosen(described, "standard", tmp_path)["reset"] == {"name": "reset", "which": "all"}
     assert json.loads((tmp_path / tuning.FILE).read_text())["seeds"] == described.tuning.seeds
