@@ -85,7 +85,8 @@ def test_units_treated_once_are_left_alone_where_asked():
 
 def run_to_the_end(name, game):
     """Recurrent agents and QMIX: the cure acted, the last evaluation is there, everything is finite."""
-    out = jax.jit(make_train({**game, "plasticity": {"name": name, "interval_updates": 2, **EAGER.get(name, {})}}))(jax.random.key(0))
+    train = make_train({**game, "plasticity": {"name": name, "interval_updates": 2, **EAGER.get(name, {})}})
+    out = jax.jit(train, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0))
     learned, metrics = out["runner_state"].learner, out["metrics"]
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((learned.variables, learned.target_variables)))
     assert all(np.isfinite(metrics[measure][-1]) for measure in ("train/loss", "train/grad_norm", "eval/return"))

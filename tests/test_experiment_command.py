@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from experiments import cells, command, neuron_census, protocol, report, tuning
@@ -132,17 +131,3 @@ def test_the_census_reads_what_others_trained(tmp_path, capsys, trained):
     assert own == [False, True, True]
     assert neuron_census.main([*flags, "--experiments", "matrix_drit"]) == 1
     assert "did you mean 'matrix_drift'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_quick_from_end_to_end(tmp_path):
-    """Trained for real: three methods on six tasks, success between 0 and 1, a report with a table and pictures."""
-    assert command.main("matrix_drift", ["--out", str(tmp_path)]) == 0
-    described = protocol.read("matrix_drift")
-    runs = {cell.method: cells.load([tmp_path / cell.file]) for cell in protocol.cells(described, "quick")}
-    assert set(runs) == {"none", "fresh", "knife"}
-    for run in runs.values():
-        assert run.metrics["eval/won"].shape == (2, 18) and ((run.metrics["eval/won"] >= 0) & (run.metrics["eval/won"] <= 1)).all()
-    start = [run.metrics["eval/return"][:, 0] for run in runs.values()]
-    np.testing.assert_array_equal(start, [start[0]] * 3)
-    assert "| knife" in (tmp_path / "report.md").read_text()
