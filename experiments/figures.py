@@ -32,7 +32,7 @@ def learning_curves(runs: Mapping[str, RunResult], measure: Measure, title: str)
     mark_tasks(axes, runs[shown[0]])
     axes.set(xlabel="environment steps (slots, resets included)", ylabel=NAMES[measure])
     axes.set_title(title, pad=20, fontsize=10)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.grid(alpha=0.3)
     return figure
 

@@ -64,21 +64,20 @@ def sequence(run: RunResult, measure: Measure) -> Sequence:
     )
 
 
-def forward_transfer(area: Float[np.ndarray, "S P"], fresh: Float[np.ndarray, "S P"], best: float = 1.0) -> Float[np.ndarray, "S"]:
-    """How much higher the curves of tasks after the first are than those of a fresh network on the same tasks.
+def forward_transfer(area: Float[np.ndarray, "S P"], fresh: Float[np.ndarray, "S P"]) -> Float[np.ndarray, "S"]:
+    """How much higher the curves of tasks after the first are than those of a fresh network on the same tasks, relative to them.
 
     Args:
         area: mean heights.
         fresh: those of networks drawn anew for every task, of the same seeds.
-        best: the highest possible.
 
     Returns:
-        `mean (area - fresh) / (best - fresh)`, with at least 0.01 below the line; negative where what came before hinders.
+        `mean (area - fresh) / fresh`, with at least 0.01 below the line; negative where what came before hinders.
 
     References:
-        Wolczyk et al., Continual World, 2021, for the form that divides by what there is to gain.
+        The form of MEAL's continual protocol, with fresh networks on the same sequence in the place of tasks trained alone.
     """
-    return ((area - fresh) / np.maximum(best - fresh, 0.01))[:, 1:].mean(axis=1)
+    return ((area - fresh) / np.maximum(fresh, 0.01))[:, 1:].mean(axis=1)
 
 
 def area_under_roc(score: Float[np.ndarray, "C"], failed: Bool[np.ndarray, "C"]) -> float:

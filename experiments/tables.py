@@ -21,9 +21,11 @@ CEILING = "fresh"
 """The method that draws all networks anew at every task: what there was to reach."""
 RESETS = ("reset", CEILING)
 """Methods that give up what was learned; the paper's claims are about the others."""
+MIXING_CONTROL = "random_mixing"
+"""`knife_mixing` on random units."""
 CONTROLS = (
     "random_neurons",
-    "random_mixing",
+    MIXING_CONTROL,
     "knife_without_knowledge",
     "knife_without_active",
     "knife_without_compensation",
@@ -44,7 +46,7 @@ class Row(NamedTuple):
         area: mean height of their learning curves.
         average: performance on all tasks at the end of the sequence.
         forgetting: what is gone of each task's final performance by then.
-        transfer: how much of what lies between a fresh network's curves and 1 is gained, see `measures.forward_transfer`.
+        transfer: how much higher its curves are than a fresh network's, relative to those, see `measures.forward_transfer`.
         against: paired difference of `later` to `none`.
         improvement: the chance that a seed of it has a higher `later` than one of `none`.
 
@@ -121,14 +123,14 @@ def _row(run: RunResult, found: Mapping[str, Sequence], method: str) -> Row:
     paired = none is not None and method != "none" and len(none.later) == len(own.later)
     transfer = None
     if fresh is not None and len(fresh.later) == len(own.later):
-        transfer = mean_estimate(measures.forward_transfer(own.area, fresh.area))
+        transfer = continuous_estimate(measures.forward_transfer(own.area, fresh.area))
     return Row(
         boundaries=knows_boundaries(run),
         seeds=len(own.later),
         later=mean_estimate(own.later),
         area=mean_estimate(own.later_area),
         average=mean_estimate(own.average),
-        forgetting=mean_estimate(own.forgetting),
+        forgetting=continuous_estimate(own.forgetting),
         transfer=transfer,
         against=continuous_estimate(own.later - none.later) if none is not None and paired else None,
         improvement=probability_of_improvement(own.later, none.later) if none is not None and paired else None,
@@ -139,7 +141,7 @@ def claims(runs: Mapping[str, RunResult], measure: Measure) -> list[Claim]:
     """What the files of one setting and learner say of the paper's claims; those whose methods are missing are left out."""
     later = {method: measures.sequence(run, measure).later for method, run in runs.items()}
     rivals = [method for method in later if method not in (*RESETS, *CONTROLS, "none") and not method.startswith("knife")]
-    controls = [method for method in CONTROLS if method in later]
+    controls = [method for method in CONTROLS if method in later and method != MIXING_CONTROL]
     return [
         claim
         for claim in (
@@ -155,7 +157,7 @@ def claims(runs: Mapping[str, RunResult], measure: Measure) -> list[Claim]:
                 "knife_mixing",
                 [*rivals, "knife"],
             ),
-            _above("KNIFE on the mixing layer needs its choice of units", later, "knife_mixing", ["random_mixing"]),
+            _above("KNIFE on the mixing layer needs its choice of units", later, "knife_mixing", [MIXING_CONTROL]),
             _above("KNIFE on the mixing layer reaches what fresh networks do", later, "knife_mixing", [CEILING], margin=0.05),
         )
         if claim is not None

@@ -41,11 +41,11 @@ def test_what_tuning_maximises():
     np.testing.assert_allclose(measures.later_performance(run.metrics, run.config, "return"), expected)
 
 
-def test_forward_transfer_is_a_share_of_what_there_is_to_gain():
-    """Half of what lies above a fresh network, nothing, and the first task counts for nothing; near the top the divisor is 0.01."""
-    fresh = np.array([[0.1, 0.5, 0.6], [0.1, 0.5, 1.0]])
-    area = np.array([[0.9, 0.75, 0.6], [0.0, 0.25, 0.99]])
-    np.testing.assert_allclose(measures.forward_transfer(area, fresh), [0.25, (-0.5 - 1.0) / 2])
+def test_forward_transfer_is_relative_to_fresh_networks():
+    """Half as much again, nothing, and the first task counts for nothing; where fresh networks learn nothing, the divisor is 0.01."""
+    fresh = np.array([[0.1, 0.5, 0.6], [0.1, 0.5, 0.0]])
+    area = np.array([[0.9, 0.75, 0.6], [0.0, 0.25, 0.02]])
+    np.testing.assert_allclose(measures.forward_transfer(area, fresh), [0.25, (-0.5 + 2.0) / 2])
     np.testing.assert_allclose(measures.forward_transfer(area, area), [0.0, 0.0])
 
 
