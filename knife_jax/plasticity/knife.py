@@ -103,10 +103,8 @@ def knife(
     The target network is rewritten with the same A and C and its own K.
 
     Recurrent units (a GRU's) are treated only if their layer is named. K and C then have running states of their own, which start from zero
-    with every sequence; those of a sequence under way must be passed to `apply` in `Trees.states` and are rewritten with the rest. There a
-    unit fired again takes a new slot even if it has not moved.
-
-    In a `chain`, `reset` re-draws live weights only: the reserve's K and C stay. Weight decay and other penalties act on live weights only.
+    with every sequence; those of a sequence under way must be in `Trees.states` for `apply` and are rewritten with the rest. There a unit
+    fired again takes a new slot even if it has not moved. In a `chain`, `reset` and penalties like weight decay act on live weights only.
 
     Args:
         graph: the layers of a model.
