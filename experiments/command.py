@@ -19,8 +19,6 @@ from experiments.cells import Cell, Work
 from experiments.report import write_report
 from knife_jax.cache import keep_compiled_programs
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = None) -> int:
     """Runs an experiment as its flags say; 0 if all went well, 1 if something it was given does not fit.

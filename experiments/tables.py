@@ -33,6 +33,11 @@ CONTROLS = (
     "wide_none",
 )
 """Null controls: parts of KNIFE, or its size alone."""
+UNSCHEDULED = (
+    *("none", "wide_none", "layer_norm", "l2_init", "weight_decay", "spectral"),
+    *("continual_backprop", "self_normalized_resets"),
+)
+"""Cures that act through the network, the loss or every gradient step, and so at no particular moment."""
 Verdict = Literal["supported", "contradicted", "undecided"]
 
 
@@ -92,21 +97,10 @@ def load_group(root: Path, setting: str, mixer: str, methods: list[str]) -> dict
 
 def knows_boundaries(run: RunResult) -> bool:
     """Whether the cure acts at the moments when tasks change because its schedule says so."""
-    cure, plan = (
-        run.config.plasticity,
-        run.metrics["updates"].reshape(-1, len(run.task_order), run.metrics["updates"].shape[-1] // len(run.task_order)),
-    )
-    if cure.name in (
-        "none",
-        "wide_none",
-        "layer_norm",
-        "l2_init",
-        "weight_decay",
-        "spectral",
-        "continual_backprop",
-        "self_normalized_resets",
-    ):
+    cure, updates = run.config.plasticity, run.metrics["updates"]
+    if cure.name in UNSCHEDULED:
         return False
+    plan = updates.reshape(len(updates), len(run.task_order), -1)
     a_task = int(plan[0, -1, -1] - plan[0, -1, 0])
     every = cure.interval_updates or a_task
     return cure.when == "task_switch" or (cure.when == "interval" and every % a_task == 0)
