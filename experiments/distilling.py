@@ -145,7 +145,7 @@ def _live(program: Program, key: PRNGKeyArray) -> tuple[RunnerState, Any, dict[s
     def one_task(state: RunnerState, task: Array) -> tuple[RunnerState, tuple[Any, dict[str, Array]]]:
         def one_period(state: RunnerState, _: None) -> tuple[RunnerState, dict[str, Array]]:
             state, metrics = program.train_rounds(state, task, hyper)
-            return state, {name: metrics[name] for name in SHARES}
+            return state, {name: metrics.unpacked()[name] for name in SHARES}
 
         begun = program.begin_task(state, task, hyper)
         state, shares = jax.lax.scan(one_period, begun, length=program.plan.evaluations_per_task)

@@ -21,6 +21,8 @@ CEILING = "fresh"
 """The method that draws all networks anew at every task: what there was to reach."""
 RESETS = ("reset", CEILING)
 """Methods that give up what was learned; the paper's claims are about the others."""
+VARIANTS = {"knife_mixing": "KNIFE on the mixing layer", "knife_both": "KNIFE on both", "knife_release": "KNIFE with slow release"}
+"""Named variants of KNIFE, as claims speak of them."""
 MIXING_CONTROL = "random_mixing"
 """`knife_mixing` on random units."""
 CONTROLS = (
@@ -133,29 +135,24 @@ def _row(run: RunResult, found: Mapping[str, Sequence], method: str) -> Row:
 
 def claims(runs: Mapping[str, RunResult], measure: Measure) -> list[Claim]:
     """What the files of one setting and learner say of the paper's claims; those whose methods are missing are left out."""
-    later = {method: measures.sequence(run, measure).later for method, run in runs.items()}
+    found = {method: measures.sequence(run, measure) for method, run in runs.items()}
+    later = {method: sequence.later for method, sequence in found.items()}
+    areas = {method: sequence.later_area for method, sequence in found.items()}
     rivals = [method for method in later if method not in (*RESETS, *CONTROLS, "none") and not method.startswith("knife")]
-    controls = [method for method in CONTROLS if method in later and method != MIXING_CONTROL]
-    return [
-        claim
-        for claim in (
-            _above("Learning on one network is worse than on fresh ones (plasticity is lost)", later, CEILING, ["none"]),
-            _above("KNIFE is better than no cure", later, "knife", ["none"]),
-            _above("KNIFE is better than every rival that keeps what was learned", later, "knife", rivals),
-            _above("KNIFE needs its parts and its choice of units (better than every null control)", later, "knife", controls),
-            _above("KNIFE reaches what fresh networks do", later, "knife", [CEILING], margin=0.05),
-            _above("KNIFE on the mixing layer is better than no cure", later, "knife_mixing", ["none"]),
+    controls = {"knife": [method for method in CONTROLS if method != MIXING_CONTROL], "knife_mixing": [MIXING_CONTROL]}
+    about = [_above("Learning on one network is worse than on fresh ones (plasticity is lost)", later, CEILING, ["none"])]
+    for method, label in {"knife": "KNIFE", **VARIANTS}.items():
+        others = rivals if method == "knife" else [*rivals, "knife"]
+        about += [
+            _above(f"{label} is better than no cure", later, method, ["none"]),
+            _above(f"{label} is better than every rival that keeps what was learned", later, method, others),
+            _above(f"{label} has higher learning curves than every such rival", areas, method, others),
             _above(
-                "KNIFE on the mixing layer is better than every rival that keeps what was learned",
-                later,
-                "knife_mixing",
-                [*rivals, "knife"],
+                f"{label} needs its parts and its choice of units (better than every null control)", later, method, controls.get(method, [])
             ),
-            _above("KNIFE on the mixing layer needs its choice of units", later, "knife_mixing", [MIXING_CONTROL]),
-            _above("KNIFE on the mixing layer reaches what fresh networks do", later, "knife_mixing", [CEILING], margin=0.05),
-        )
-        if claim is not None
-    ]
+            _above(f"{label} reaches what fresh networks do", later, method, [CEILING], margin=0.05),
+        ]
+    return [claim for claim in about if claim is not None]
 
 
 def _above(sentence: str, later: Mapping[str, np.ndarray], better: str, others: list[str], margin: float = 0.0) -> Claim | None:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from knife_jax.bundle import Bundle
 from knife_jax.config import merge_hyper
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
-from knife_jax.program import Period, Place, Program, RunnerState, make_row
+from knife_jax.program import Period, Place, Program, Row, RunnerState, make_row
 
 MOST_ROWS = 64
 """A chunk has room for the metrics of so many evaluations."""
@@ -37,13 +38,13 @@ class Carry(NamedTuple):
 
     state: RunnerState
     period: Period
-    since_last: Metrics
+    since_last: Bundle
 
 
 class Rows(NamedTuple):
-    """The evaluations of a chunk: `{name: [R]}`, and how many of them there were."""
+    """The evaluations of a chunk, `[R]` in front, and how many of them there were."""
 
-    metrics: Metrics
+    metrics: Row
     count: Int[Array, ""]
 
 
@@ -101,7 +102,7 @@ class Pieces:
         end = jax.lax.while_loop(lambda loop: loop.rounds_left > 0, until_evaluation, start)
         return end.carry, end.rows
 
-    def finish(self, state: RunnerState, since_last: Metrics, place: Place) -> tuple[RunnerState, Metrics, Metrics]:
+    def finish(self, state: RunnerState, since_last: Bundle, place: Place) -> tuple[RunnerState, Row, Metrics]:
         """A task's end: the state, the last row on the task, and greedy play of every distinct task `[K]`."""
         state, everywhere = self.program.evaluate_all(state)
         here = jax.tree.map(lambda values: values[place[1]], everywhere)
@@ -114,7 +115,7 @@ class Pieces:
         """Rounds since the last evaluation; tasks and runs are whole numbers of periods."""
         return state.counters.rounds % self.program.plan.rounds_per_evaluation
 
-    def _evaluated(self, carry: Carry, place: Place) -> tuple[PRNGKeyArray, Metrics]:
+    def _evaluated(self, carry: Carry, place: Place) -> tuple[PRNGKeyArray, Row]:
         state, evaluated = self.program.evaluate(carry.state, place[1])
         return state.key, make_row(state, place, evaluated, carry.since_last)
 
@@ -140,7 +141,7 @@ class Pieces:
     def _end_period_if(self, due: Array, carry: Carry, hyper: Hyper) -> Carry:
         """Closes a period and begins the next; the replay is only read inside the `cond`."""
 
-        def end() -> tuple[Any, Metrics]:
+        def end() -> tuple[Any, Bundle]:
             state, metrics = self.program.end_period(carry.state, carry.period, hyper)
             return state.stagnant, metrics
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from knife_jax import hosts
 from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
 from knife_jax.learner import Metrics
-from knife_jax.program import RunnerState
+from knife_jax.program import Row, RunnerState
 
 SEEDS = "seeds"
 """The name of the seeds' axis in the mesh of devices."""
@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
     init: Callable[..., RunnerState]
     begin: Callable[..., Carry]
     advance: Callable[..., tuple[Carry, Rows]]
-    finish: Callable[..., tuple[RunnerState, Metrics, Metrics]]
+    finish: Callable[..., tuple[RunnerState, Row, Metrics]]
 
 
 def seeds_mesh(count: int) -> Mesh:

@@ -147,7 +147,7 @@ class Loop:
             began = time.perf_counter()
             carry, rows = compiled.advance(carry, swept, place, np.int32(count))
             evaluations = int(rows.count)
-            metrics = hosts.gathered(rows.metrics) if evaluations else {}
+            metrics = hosts.gathered(rows.metrics).unpacked() if evaluations else {}
             (seconds,) = hosts.most(time.perf_counter() - began)  # chunks are as long on all of them
             self.pace.took(count, seconds)
             rounds += count
@@ -157,6 +157,7 @@ class Loop:
             self.after_chunk(status, partial(_snapshot, point, carry, journal, start.learned))
         began, updates = time.perf_counter(), int(carry.state.counters.updates)
         state, row, everywhere = compiled.finish(carry.state, carry.since_last, place)
-        rows = journal.write_end(*hosts.gathered((row, everywhere)))
+        row, everywhere = hosts.gathered((row, everywhere))
+        rows = journal.write_end(row.unpacked(), everywhere)
         self.on_status(Status(Point(batch, position, rounds), updates, rows, time.perf_counter() - began))
         return state

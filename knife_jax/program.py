@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from envs.wrappers import AutoReset
 from knife_jax import collect, diagnose, learner, replay
+from knife_jax.bundle import Bundle, bundled
 from knife_jax.config import Config
 from knife_jax.learner import LearnerState, Metrics
 from knife_jax.model import Hyper, Networks, States, make_networks
@@ -43,6 +44,22 @@ class RunnerState(NamedTuple):
     counters: Counters
     key: PRNGKeyArray
     stagnant: diagnose.Masks
+
+
+class Row(NamedTuple):
+    """One evaluation.
+
+    Attributes:
+        where: position, task, rounds and updates.
+        metrics: all else.
+    """
+
+    where: Metrics
+    metrics: Bundle
+
+    def unpacked(self) -> dict[str, Any]:
+        """All in one dict."""
+        return {**self.where, **self.metrics.unpacked()}
 
 
 class Period(NamedTuple):
@@ -121,7 +138,7 @@ class Program:
             collector = _acting_on(collector, acting)
         return RunnerState(learned, collector, stored, state.counters, key, state.stagnant)
 
-    def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Metrics]:
+    def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Bundle]:
         """`plan.rounds_per_evaluation` rounds of collecting and learning, with `train/` metrics over them and `plasticity/` after them."""
 
         def next_round(carry: tuple[RunnerState, Period], _: None) -> tuple[tuple[RunnerState, Period], None]:
@@ -148,27 +165,28 @@ class Program:
         )
         return state, period
 
-    def end_period(self, state: RunnerState, period: Period, hyper: Hyper) -> tuple[RunnerState, Metrics]:
+    def end_period(self, state: RunnerState, period: Period, hyper: Hyper) -> tuple[RunnerState, Bundle]:
         """What a period comes to: `train/` metrics over it, `cure/` and `plasticity/` ones at its end."""
-        metrics = _train_metrics(period) | {f"cure/{name}": value for name, value in state.learner.report.items()}
+        metrics = bundled(_train_metrics(period) | {f"cure/{name}": value for name, value in state.learner.report.items()})
         if not self._diagnoses:
             return state, metrics
         measures, stagnant = self._diagnose(jax.random.fold_in(state.key, _DIAGNOSIS), state, hyper)
-        return state._replace(stagnant=stagnant), {**metrics, **measures}
+        return state._replace(stagnant=stagnant), metrics | measures
 
-    def no_metrics(self, state: RunnerState, period: Period, hyper: Hyper) -> Metrics:
+    def no_metrics(self, state: RunnerState, period: Period, hyper: Hyper) -> Bundle:
         """What stands for the metrics of `end_period` before a task's first step: NaN."""
         shapes = jax.eval_shape(self.end_period, state, period, hyper)[1]
         return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
 
-    def _diagnose(self, key: PRNGKeyArray, state: RunnerState, hyper: Hyper) -> tuple[Metrics, diagnose.Masks]:
+    def _diagnose(self, key: PRNGKeyArray, state: RunnerState, hyper: Hyper) -> tuple[Bundle, diagnose.Masks]:
         """What the hidden units are like; NaN before there is enough to learn from."""
         args = (state.learner, self.networks, state.replay, self.plan, hyper, state.stagnant)
 
-        def measured() -> tuple[Metrics, diagnose.Masks]:
-            return diagnose.diagnose(key, *args)
+        def measured() -> tuple[Bundle, diagnose.Masks]:
+            measures, stagnant = diagnose.diagnose(key, *args)
+            return bundled(measures), stagnant
 
-        def unknown() -> tuple[Metrics, diagnose.Masks]:
+        def unknown() -> tuple[Bundle, diagnose.Masks]:
             return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan), jax.eval_shape(measured)[0]), state.stagnant
 
         return jax.lax.cond(self._can_learn(state.replay), measured, unknown)
@@ -281,9 +299,9 @@ def make_program(config: Config) -> Program:
     return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
 
 
-def make_row(state: RunnerState, place: Place, evaluated: Metrics, since_last: Metrics) -> Metrics:
+def make_row(state: RunnerState, place: Place, evaluated: Metrics, since_last: Bundle) -> Row:
     """One evaluation's metrics: where in the run it was, what it found, and what the period before it came to."""
-    return {"position": place[0], "task": place[1], **state.counters._asdict(), **evaluated, **since_last}
+    return Row({"position": place[0], "task": place[1], **state.counters._asdict()}, bundled(evaluated) | since_last)
 
 
 def _acting_on(collector: collect.CollectorState, acting: States) -> collect.CollectorState:

@@ -12,10 +12,11 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PRNGKeyArray
 
+from knife_jax.bundle import Bundle
 from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
-from knife_jax.program import Place, Program, RunnerState, make_program, make_row
+from knife_jax.program import Place, Program, Row, RunnerState, make_program, make_row
 
 Callback = Callable[[dict[str, np.ndarray]], None]
 Emit = Callable[[dict[str, Array]], Any]
@@ -62,11 +63,11 @@ def make_train(
     def train(key: PRNGKeyArray, hyper: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
         swept = merge_hyper(config, hyper)
 
-        def one_task(state: RunnerState, place: Place) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+        def one_task(state: RunnerState, place: Place) -> tuple[RunnerState, tuple[Row, Metrics]]:
             return _train_on_task(program, state, place, swept, emit)
 
         state, (rows, everywhere) = jax.lax.scan(one_task, program.init(key, swept), (jnp.arange(len(order)), order))
-        metrics = {name: values.reshape(-1) for name, values in rows.items()}
+        metrics = {name: values.reshape(-1) for name, values in rows.unpacked().items()}
         metrics |= {name.replace("eval/", "all_tasks/"): values for name, values in everywhere.items()}
         kept = state if return_replay else state._replace(replay=None)  # pyright: ignore[reportArgumentType]
         return {"runner_state": kept, "metrics": metrics}
@@ -76,7 +77,7 @@ def make_train(
 
 def _train_on_task(
     program: Program, state: RunnerState, place: Place, hyper: Hyper, emit: Emit | None
-) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+) -> tuple[RunnerState, tuple[Row, Metrics]]:
     """One task from its first step to its end: rows `[per_task + 1]` on it, and greedy play of every task `[K]`.
 
     Evaluations come before the rounds that follow them, and the last one is part of that of all tasks, so that the program holds each of
@@ -84,7 +85,7 @@ def _train_on_task(
     """
     task = place[1]
 
-    def one_period(carry: tuple[RunnerState, Metrics], _: None) -> tuple[tuple[RunnerState, Metrics], Metrics]:
+    def one_period(carry: tuple[RunnerState, Bundle], _: None) -> tuple[tuple[RunnerState, Bundle], Row]:
         state, since_last = carry
         state, evaluated = program.evaluate(state, task)
         row = _emitted(make_row(state, place, evaluated, since_last), emit)
@@ -125,8 +126,8 @@ def make_logger(write: Callback) -> Emit:
     return log
 
 
-def _emitted(row: Metrics, emit: Emit | None) -> Metrics:
+def _emitted(row: Row, emit: Emit | None) -> Row:
     """A row as it is, once it is handed to the callback."""
     if emit is not None:
-        emit(row)
+        emit(row.unpacked())
     return row

@@ -106,6 +106,7 @@ def test_verdicts_follow_from_paired_intervals():
         "Learning on one network is worse than on fresh ones": "supported",
         "KNIFE is better than no cure": "supported",
         "KNIFE is better than every rival that keeps what was learned": "undecided",
+        "KNIFE has higher learning curves than every such rival": "undecided",
         "KNIFE reaches what fresh networks do": "contradicted",
     }
     assert "knife - none = 0.20 [0.20, 0.20]" in claims["KNIFE is better than no cure"].evidence

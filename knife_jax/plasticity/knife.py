@@ -364,8 +364,15 @@ def _equal(first: Variables, second: Variables | None) -> Array | bool:
     """Whether two networks are the same; true if there is one only."""
     if second is None:
         return True
-    both = zip(*(jax.tree.leaves((tree["params"], tree["reserve"])) for tree in (first, second)), strict=True)
-    return jnp.stack([(a == b).all() for a, b in both]).all()
+    ours, theirs = _joined(first), _joined(second)
+    return jnp.stack([(one == other).all() for one, other in zip(ours, theirs, strict=True)]).all()
+
+
+def _joined(variables: Variables) -> list[Array]:
+    """Parameters and reserve as one vector for each type of number, which compiles faster than leaf after leaf."""
+    leaves = jax.tree.leaves((variables["params"], variables["reserve"]))
+    types = sorted({leaf.dtype for leaf in leaves}, key=str)
+    return [jnp.concatenate([leaf.ravel() for leaf in leaves if leaf.dtype == kind]) for kind in types]
 
 
 def _split(variables: Variables) -> tuple[Flat, frozen.Reserve]:
