@@ -3,6 +3,7 @@
 Shapes: T environment steps, A allies, M enemies, N = A + M units (the allies first). Positions and lengths are in map units.
 """
 
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ MARGIN, RIM, LEAST_SPAN, SLIMMEST = 2.0, 0.75, 12.0, 0.5
 
 HEADER, FOOTER, GAP = 0.5, 0.3, 0.2
 """Heights above a panel and below all of them, and the space between panels, in inches."""
+LEGEND_LINE, LEGEND_LETTER = 0.15, 0.06
+"""Height of a further line of the legend and width of a letter, in inches."""
 
 LETTER_SIZE, SMALL_LETTER, LARGE_LETTER = 1.35, 0.55, 0.74
 """The font's size over the unit's radius, and the heights of its letters over that size."""
@@ -143,15 +146,18 @@ def panels(battle: Battle, count: int, columns: int, width: float) -> tuple[Figu
     columns = min(columns, count)
     rows = -(-count // columns)
     height = width * battle.view.height / battle.view.width
-    total_width, total_height = columns * (width + GAP) + GAP, rows * (height + HEADER) + FOOTER
+    total_width = columns * (width + GAP) + GAP
+    legend = _legend(battle, total_width)
+    footer = FOOTER + LEGEND_LINE * legend.count("\n")
+    total_height = rows * (height + HEADER) + footer
     figure = Figure(figsize=(total_width, total_height), facecolor=FLOOR)
     axes = []
     for index in range(count):
         row, column = divmod(index, columns)
-        left, bottom = GAP + column * (width + GAP), FOOTER + (rows - row - 1) * (height + HEADER)
+        left, bottom = GAP + column * (width + GAP), footer + (rows - row - 1) * (height + HEADER)
         place = (left / total_width, bottom / total_height, width / total_width, height / total_height)
         axes.append(figure.add_axes(place))
-    figure.text(0.5, 0.1 / total_height, _legend(battle, total_width), ha="center", va="bottom", fontsize=7.5, color=INK)
+    figure.text(0.5, 0.1 / total_height, legend, ha="center", va="bottom", fontsize=7.5, color=INK)
     return figure, axes
 
 
@@ -172,7 +178,7 @@ def _legend(battle: Battle, width: float) -> str:
     present = np.unique(battle.unit_types[battle.full_health > 0])
     types = ", ".join(f"{LETTERS[index]} {UNIT_TYPES[index]}" for index in present)
     marks = "bar: health · thin circle: attack range · line: a shot that hit · cross: fallen"
-    return f"{types}  ·  {marks}" if width > 5 else types
+    return textwrap.fill(f"{types}  ·  {marks}" if width > 5 else types, int(width / LEGEND_LETTER))
 
 
 def _draw_map(axes: Axes, battle: Battle) -> None:
