@@ -114,9 +114,16 @@ def read_as(kind: type[Described], name: str) -> Described:
     if name not in known:
         raise unknown_name("experiment", name, known)
     try:
-        return kind(name=name, **yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text()))
+        return kind(name=name, **_described(name))
     except ValidationError as error:
         raise ValueError(f"experiments/configs/{name}.yaml: {error}") from None
+
+
+def _described(name: str) -> dict[str, Any]:
+    """What a file says; of one with the key `like`, over what makes a run of that other experiment."""
+    given = yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text())
+    other = _described(given.pop("like")) if "like" in given else {}
+    return {key: other[key] for key in ("measure", "preset", "base", "mixers") if key in other} | given
 
 
 def configuration(protocol: Protocol, scale: Scale | Tuning, setting: str, mixer: str, plasticity: Mapping[str, Any]) -> Config:
