@@ -64,7 +64,7 @@ def test_a_round_in_groups_trains_as_a_batch_of_that_width_does_and_in_place():
     assert analysis.temp_size_in_bytes < 1.1 * replay_bytes * width / seeds
     found, metrics = grouped(state)
     alone = jax.jit(jax.vmap(advance, in_axes=(AXES,), out_axes=(AXES, 0)))
-    assert int(found.counters.updates) > 0 and np.isfinite(metrics["train/loss"]).all()
+    assert int(found.counters.updates) > 0 and np.isfinite(metrics.unpacked()["train/loss"]).all()
     for first in range(0, seeds, width):
         expected, said = alone(begin(keys[first : first + width]))
         here = slice(first, first + width)
