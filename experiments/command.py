@@ -18,6 +18,7 @@ from experiments import cells, protocol, tuning
 from experiments.cells import Cell, Work
 from experiments.report import write_report
 from knife_jax.cache import keep_compiled_programs
+from knife_jax.cores import spread_over_cores
 
 
 def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = None) -> int:
@@ -42,6 +43,7 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
     root = given.out or Path("runs") / "experiments" / name / given.scale
     console = Console(highlight=False)
     keep_compiled_programs()
+    spread_over_cores()
     try:
         if given.seeds is not None and given.seeds < 1:
             raise ValueError(f"--seeds: at least 1, got {given.seeds}")

@@ -21,6 +21,7 @@ from knife_jax import policy as policies
 from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
+from knife_jax.cores import spread_over_cores
 from knife_jax.hosts import Hosts, connect, is_first, most
 from knife_jax.interrupts import RunStoppedError
 from knife_jax.memory import available_memory, check_seeds, fit_seeds, seed_memory
@@ -61,7 +62,8 @@ class TrainArguments:
     seeds_per_batch: int | None = None
     """At most so many side by side, the batches following one another; as many as an estimate says fit into memory if not given."""
     devices: int | None = None
-    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given."""
+    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given. Without an accelerator every
+    processor core is one."""
     chunk_rounds: int | None = None
     """Rounds between two looks at the clock, the log and signals; as many as last about two seconds if not given. Changes no result."""
     out: Path | None = None
@@ -175,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(arguments: Sequence[str]) -> int:
     """`knife-jax train`: parse, train with a progress line and checkpoints, print the table, write the files."""
     parsed = parse(TrainArguments, arguments)
+    if not parsed.hosts.given:
+        spread_over_cores(parsed.devices)
     connect(parsed.hosts)
     if jax.process_count() > 1 and parsed.out is None:
         raise ValueError("--out: several processes need the same directory to write to")
@@ -248,6 +252,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         return _compare_runs(arguments)
     parsed = parse(CompareArguments, arguments)
+    spread_over_cores()
     out = parsed.out or Path("runs") / f"{parsed.preset}-compare-{time.strftime('%Y%m%d-%H%M%S')}"
     configs = comparing.method_configs(parsed.fields, parsed.methods)
     for config in configs.values():
@@ -367,6 +372,7 @@ def _resumed(default: Arguments, out: Path | None, is_named: bool) -> Arguments:
 def list_command(arguments: Sequence[str]) -> int:
     """`knife-jax list`: games, scenarios, mixers, cures and presets."""
     argparse.ArgumentParser(prog="knife-jax list", description="Lists games, scenarios, mixers, cures and presets.").parse_args(arguments)
+    spread_over_cores()
     console = _console()
     games = Table("game", "what it is", "scenarios", "task sequences", title="Games", title_justify="left")
     for name, entry in GAMES.items():

@@ -34,6 +34,11 @@ class Hosts:
     process_id: int | None = None
     """Which of them this is, from 0, with a coordinator."""
 
+    @property
+    def given(self) -> bool:
+        """Whether there are others to find."""
+        return self.detect or self.coordinator is not None
+
     def __post_init__(self) -> None:
         explicit = (self.coordinator, self.processes, self.process_id)
         if self.detect and any(value is not None for value in explicit):
@@ -55,7 +60,7 @@ def connect(hosts: Hosts) -> None:
     Raises:
         ValueError: if JAX finds no cluster, has computed something already, or the others do not come.
     """
-    if not hosts.detect and hosts.coordinator is None:
+    if not hosts.given:
         return
     try:
         jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process_id)

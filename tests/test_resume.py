@@ -222,7 +222,7 @@ class Killed:
     def start(self):
         """Starts or resumes the run."""
         how = ["--resume"] if (self.out / "run.json").exists() else ["--config", str(self.config), "--seeds", "3"]
-        how += ["--seeds_per_batch", "2", "--out", str(self.out), "--saving.every_minutes", "0", "--chunk_rounds", "2"]
+        how += ["--seeds_per_batch", "2", "--devices", "1", "--out", str(self.out), "--saving.every_minutes", "0", "--chunk_rounds", "2"]
         command = [sys.executable, "-m", "knife_jax.cli", "train", *how]
         return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,8 +1,9 @@
 """Gated recurrent units over time: the equations, and their gradient written out.
 
-What depends on the inputs alone is one product for all steps before the scan, and the gradient of the recurrent kernel is one product for
-all steps after it; inside, forward and backward, a step is the product with the state and what belongs to single units.
-The gates travel apart from each other (r, z, n): slices of a joint array inside the loop keep XLA from vectorising it on processors.
+What depends on the inputs alone is one product for all steps before the scan, and the gradient of the recurrent kernel is made of products
+for all steps after it; inside, forward and backward, a step is the product with the state and what belongs to single units.
+Forward, what the inputs give to the gates r, z and n travels in three arrays: slices of a joint one inside the loop keep XLA from
+vectorising it on processors. Backward, a step puts together what goes back to them, which spares a pass through memory.
 
 Shapes: T steps, *N any batch axes, H units.
 """
@@ -95,14 +96,14 @@ def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Array | None
         to_m = to_n * r
         to_r = to_m * m * (1 - r)
         earlier = total * z + to_r @ to_state[0].T + to_z @ to_state[1].T + to_m @ to_state[2].T
-        return jnp.where(start[:, None], 0.0, earlier), (to_r, to_z, to_n, to_m)
+        return jnp.where(start[:, None], 0.0, earlier), (jnp.concatenate([to_r, to_z, to_n], axis=-1), to_m)
 
     steps = (cotangents, reset, update, candidate, recalled, before, starts)
-    first, (to_r, to_z, to_n, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), steps, reverse=True)
-    to_gates = [gate.reshape(-1, size) for gate in (to_r, to_z, to_m)]
-    to_kernel = jnp.concatenate([before.reshape(-1, size).T @ gate for gate in to_gates], axis=-1)
-    to_bias = jnp.concatenate([gate.sum(axis=0) for gate in to_gates])
-    return jnp.concatenate([to_r, to_z, to_n], axis=-1), None, first, to_kernel, to_bias
+    first, (to_projected, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), steps, reverse=True)
+    from_state = to_projected.reshape(-1, 3 * size)[:, : 2 * size], to_m.reshape(-1, size)
+    to_kernel = jnp.concatenate([before.reshape(-1, size).T @ gates for gates in from_state], axis=-1)
+    to_bias = jnp.concatenate([gates.sum(axis=0) for gates in from_state])
+    return to_projected, None, first, to_kernel, to_bias
 
 
 recur.defvjp(_saved, _backward)
