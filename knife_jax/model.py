@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from envs.apart import apart_under_vmap
 from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
 from knife_jax.networks import agents, mixers
@@ -127,8 +128,7 @@ def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
 def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[Array, ""] | None = None) -> Observation:
     """Renders recorded states under the parameters of their tasks, over any batch axes.
 
-    On processors the first of several axes (time) is a loop, a few steps at once: XLA otherwise fuses parts of the rendering into whatever
-    reads it, and computes them several times.
+    It is compiled apart from what reads it, into which XLA would fuse parts of it on processors, and compute them slowly and several times.
 
     Args:
         networks: the game and its tasks.
@@ -138,30 +138,11 @@ def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[A
     """
     if len(networks.tasks.names) == 1:
         only = jnp.int32(0)
-    shared = None if only is None else networks.tasks.at(only)
-
-    def render(record: Any, task: Array) -> Observation:
-        return networks.env.observe(record, networks.tasks.at(task) if shared is None else shared)
-
-    for _ in range(task.ndim - 1):
-        render = jax.vmap(render)
-    if task.ndim < 2:
-        return jax.vmap(render)(record, task) if task.ndim else render(record, task)
-    return jax.lax.platform_dependent(record, task, cpu=_in_a_loop(jax.vmap(render)), default=jax.vmap(render))
-
-
-def _in_a_loop(function: Callable[..., Any], at_once: int = 4) -> Callable[..., Any]:
-    """A function of arrays with equal first axes, a few of their rows after the other; all at once, if their number is no multiple."""
-
-    def looped(*arrays: Any) -> Any:
-        length = jax.tree.leaves(arrays)[0].shape[0]
-        if length % at_once:
-            return function(*arrays)
-        parts = jax.tree.map(lambda leaf: leaf.reshape(length // at_once, at_once, *leaf.shape[1:]), arrays)
-        made = jax.lax.map(lambda part: function(*part), parts)
-        return jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), made)
-
-    return looped
+    render, params_axis = networks.env.observe, 0 if only is None else None
+    for _ in range(task.ndim):
+        render = jax.vmap(render, in_axes=(0, params_axis))
+    whole = apart_under_vmap(lambda record, task: render(record, networks.tasks.at(task)))
+    return whole(record, task if only is None else only)
 
 
 def task_code(networks: Networks, task: Int[Array, "*N"]) -> Float[Array, "*N K"] | None:

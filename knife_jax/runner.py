@@ -253,7 +253,8 @@ def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None)
 
 def batch_width(seeds: int, seeds_per_batch: int | None, devices: int = 1) -> int:
     """How many seeds are trained side by side: a multiple of the devices, at most `seeds_per_batch`, with as few left over as possible."""
-    most = -(-seeds // devices) if seeds_per_batch is None else max(1, min(seeds, seeds_per_batch) // devices)
+    on_each = -(-seeds // devices)
+    most = on_each if seeds_per_batch is None else max(1, min(on_each, seeds_per_batch // devices))
     batches = -(-seeds // (most * devices))
     return devices * -(-seeds // (batches * devices))
 

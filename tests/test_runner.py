@@ -96,7 +96,7 @@ def test_cond_survives_in_a_chunk():
 def test_batches_are_even():
     """At most as many as asked for, and as few as possible left over."""
     widths = {(10, None, 1): 10, (10, 8, 1): 5, (10, 4, 1): 4, (3, 2, 1): 2, (3, 5, 1): 3, (1, 1, 1): 1}
-    widths |= {(10, None, 4): 12, (16, None, 8): 16, (16, 9, 4): 8, (9, 5, 4): 4, (17, 8, 8): 8}
+    widths |= {(10, None, 4): 12, (16, None, 8): 16, (16, 9, 4): 8, (9, 5, 4): 4, (17, 8, 8): 8, (3, 4, 2): 4}
     assert {asked: runner.batch_width(*asked) for asked in widths} == widths
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
+from envs.apart import apart
+
 
 def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
     """The single-environment view of a function of whole batches.
@@ -44,24 +46,6 @@ def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[0], many(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], args)))
 
     return single
-
-
-def apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, compiled on processors as a computation of its own.
-
-    XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
-    taken, for a reason that the compiler cannot see, keeps it from that.
-    """
-    traced_once = jax.jit(function)
-
-    def branch(*args: Any) -> Any:
-        shapes = jax.eval_shape(traced_once, *args)
-        first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
-        return jax.lax.cond(
-            ~(first < -3e38), traced_once, lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), *args
-        )
-
-    return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
 
 
 def _size(args: Any, axes: list[int]) -> int:

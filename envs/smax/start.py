@@ -7,7 +7,7 @@ B battles. Every draw of a law is made, whichever law applies; the draws are sha
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from envs.smax.batching import apart
+from envs.apart import apart
 from envs.smax.engine import FAR, high_half, low_half, push_apart, statistics_of, stop_all, whole
 from envs.smax.types import NOBODY, SmaxParams, SmaxState
 

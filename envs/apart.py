@@ -1,0 +1,46 @@
+"""Functions compiled as computations of their own, so that XLA's fusion on processors does not compute them more than once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+
+def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, compiled on processors as a computation of its own.
+
+    XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
+    taken, for a reason that the compiler cannot see, keeps it from that.
+    """
+    traced_once = jax.jit(function)
+
+    def branch(*args: Any) -> Any:
+        shapes = jax.eval_shape(traced_once, *args)
+        first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
+        return jax.lax.cond(
+            ~(first < -3e38), traced_once, lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), *args
+        )
+
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
+
+
+def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`apart` for functions that are vmapped from outside: whatever number of axes that adds, it is one computation.
+
+    Args:
+        function: of pytrees of arrays, without closing over anything that is traced; it must be possible to vmap it.
+    """
+
+    @custom_vmap
+    def whole(*args: Any) -> Any:
+        return apart(function)(*args)
+
+    @whole.def_vmap
+    def merged(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+        outputs = apart_under_vmap(jax.vmap(function, in_axes=axes, axis_size=axis_size))(*args)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return whole
