@@ -1,0 +1,37 @@
+"""Functions compiled apart: the same numbers, and one computation whatever is vmapped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs.apart import apart_under_vmap
+
+
+def _scaled(numbers, factor):
+    return {"product": numbers * factor, "sum": numbers.sum()}
+
+
+def test_vmapped_from_outside_it_stays_one_computation():
+    """Over none, one and two axes, shared arguments or not: the same results, in a branch of one scalar condition."""
+    numbers, factors = jnp.arange(24.0).reshape(2, 3, 4), jnp.arange(1.0, 3.0)
+    function = apart_under_vmap(_scaled)
+    cases = {
+        "alone": (lambda f: f, numbers[0, 0], factors[0]),
+        "one axis, a shared factor": (lambda f: jax.vmap(f, in_axes=(0, None)), numbers[0], factors[0]),
+        "two axes": (lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None))), numbers, factors),
+    }
+    for name, (mapped, *arguments) in cases.items():
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(mapped(function))(*arguments), mapped(_scaled)(*arguments))
+        compiled = jax.jit(mapped(function)).lower(*arguments).as_text()
+        assert compiled.count("stablehlo.case") >= 1 or compiled.count("stablehlo.if") >= 1, name
+
+
+def test_gradients_pass_it_by():
+    """What is differentiated beside it is, also under vmap; rendered records are data."""
+    function = apart_under_vmap(_scaled)
+
+    def loss(weight, numbers):
+        return (weight * function(numbers, jnp.float32(2.0))["product"]).sum()
+
+    found = jax.vmap(jax.grad(loss), in_axes=(None, 0))(jnp.float32(1.0), jnp.ones((3, 4)))
+    np.testing.assert_array_equal(found, [8.0, 8.0, 8.0])
