@@ -12,7 +12,8 @@ def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, compiled on processors as a computation of its own.
 
     XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
-    taken, for a reason that the compiler cannot see, keeps it from that.
+    taken, for a reason that the compiler cannot see, keeps it from that: the first number among the arguments is not minus infinity (it must
+    not be, or all that comes out is zero).
     """
     traced_once = jax.jit(function)
 
