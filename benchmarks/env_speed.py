@@ -3,10 +3,13 @@
     python -m benchmarks.env_speed --scenarios 3m 2s3z --envs 32 256 --cores 1
     python -m benchmarks.env_speed --scenarios 3m --envs 64x8 256x4        # seeds x environments, both under vmap
     python -m benchmarks.env_speed --scenarios 3m --envs 256 --parts       # where our time goes
+    python -m benchmarks.env_speed --scenarios 3m --envs 1024 --devices 2  # also with each core a device of its own
 
 A step is what collecting data needs: the battle against the heuristic enemy for a random action per ally (attacks out of range do nothing
 in either), automatic reset, and the allies' observations, world state and action masks. One JSON line per row. Rates are steps per second
-of processor time (`_cpu`), which other jobs on the machine disturb less, and of wall time (`_wall`).
+of processor time (`_cpu`), which other jobs on the machine disturb less, and of wall time (`_wall`). With `--devices` both sides run in two
+ways: as one program whose operations share the cores, and with the environments split over devices (`jax.shard_map`), as the command line
+of this library splits seeds; `best_ratio_wall` is of the better way of either side.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.measure import interleaved
-from benchmarks.report import add_output, refuse_existing, say, use_cores, write
+from benchmarks.report import add_output, refuse_existing, say, use_processor, write
 
 SCENARIOS = ("3m", "2s3z", "smacv2_5_units", "smacv2_10_units")
 STEPS = 100
@@ -36,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", default=SCENARIOS)
     parser.add_argument("--envs", nargs="+", default=["32", "256", "1024", "4096"], help="environments, or seeds x environments")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
+    parser.add_argument("--devices", type=int, help="make so many devices of the processor and also split the environments over them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours-alone", action="store_true", help="leave JaxMARL out")
     parser.add_argument("--parts", action="store_true", help="time the parts of our step instead")
@@ -122,7 +126,7 @@ def theirs(scenario: str, num_envs: int) -> Callable[[Any], Any]:
     return rollout(reset, step, lambda state: (stacked(env.get_avail_actions(state[0])), state[1]), num_envs)
 
 
-def compiled(run: Callable[[Any], Any], seeds: int | None, num_envs: int) -> Program:
+def compiled(run: Callable[[Any], Any], seeds: int | None, env_steps: int) -> Program:
     """Compiles a rollout, over seeds if there are any."""
     import jax
 
@@ -132,24 +136,48 @@ def compiled(run: Callable[[Any], Any], seeds: int | None, num_envs: int) -> Pro
     started = time.process_time()
     program = jax.jit(jax.vmap(run) if seeds else run).lower(keys(0)).compile()
     took = time.process_time() - started
-    return Program(lambda number: jax.block_until_ready(program(keys(number))), (seeds or 1) * num_envs * STEPS, took)
+    return Program(lambda number: jax.block_until_ready(program(keys(number))), env_steps, took)
+
+
+def split(run: Callable[[Any], Any], devices: int) -> Callable[[Any], Any]:
+    """A rollout on each of the first devices, with a key of its own."""
+    import jax
+    from jax.sharding import AxisType, PartitionSpec
+
+    over = PartitionSpec("device")
+
+    def on_each(keys: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[None], run(keys[0]))
+
+    mesh = jax.make_mesh((devices,), ("device",), axis_types=(AxisType.Auto,))
+    on_all = jax.shard_map(on_each, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    return lambda key: on_all(jax.random.split(key, devices))
 
 
 def compare(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, Any]:
     """One row: both sides of one scenario and size."""
     seeds, num_envs = sizes(text)
-    programs = {"ours": compiled(ours(scenario, num_envs), seeds, num_envs)}
-    if not settings.ours_alone:
-        programs["jaxmarl"] = compiled(theirs(scenario, num_envs), seeds, num_envs)
+    env_steps = (seeds or 1) * num_envs * STEPS
+    sides = {"ours": ours} if settings.ours_alone else {"ours": ours, "jaxmarl": theirs}
+    programs = {name: compiled(side(scenario, num_envs), seeds, env_steps) for name, side in sides.items()}
+    if settings.devices:
+        for name, side in sides.items():
+            run = split(side(scenario, num_envs // settings.devices), settings.devices)
+            programs[f"{name}_split"] = compiled(run, None, env_steps)
     timed = interleaved({name: program.run for name, program in programs.items()}, settings.repeats)
     row: dict[str, Any] = {"scenario": scenario, "envs": text, "cores": settings.cores or os.cpu_count()}
+    if settings.devices:
+        row["devices"] = settings.devices
     for name, program in programs.items():
         row[f"{name}_cpu"] = round(program.env_steps / timed[name].cpu)
         row[f"{name}_wall"] = round(program.env_steps / timed[name].wall)
         row[f"{name}_compile_cpu_s"] = round(program.compile_seconds, 2)
-    if len(programs) == 2:
+    if not settings.ours_alone:
         row["ratio_cpu"] = round(timed["jaxmarl"].cpu / timed["ours"].cpu, 2)
         row["ratio_wall"] = round(timed["jaxmarl"].wall / timed["ours"].wall, 2)
+    if settings.devices and not settings.ours_alone:
+        fastest = {side: min(each.wall for name, each in timed.items() if name.startswith(side)) for side in sides}
+        row["best_ratio_wall"] = round(fastest["jaxmarl"] / fastest["ours"], 2)
     return row
 
 
@@ -217,11 +245,23 @@ def part_bodies(scenario: str, num_envs: int) -> dict[str, tuple[Any, Callable[[
     }
 
 
+def spread(settings: argparse.Namespace) -> None:
+    """Makes the devices that were asked for."""
+    if not settings.devices:
+        return
+    if any(sizes(text)[0] or sizes(text)[1] % settings.devices for text in settings.envs):
+        raise SystemExit("--devices takes numbers of environments that it divides, without seeds")
+    from knife_jax.cores import spread_over_cores
+
+    spread_over_cores(settings.devices)
+
+
 def main() -> None:
     """Prints a JSON line per row; writes them where asked."""
     settings = arguments()
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     refuse_existing(settings.out)
+    spread(settings)
     rows = []
     for scenario in settings.scenarios:
         for text in settings.envs:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks.light import make_light, repeated
 from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, significant
-from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
+from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from knife_jax import Config, collect, learner, make_program, replay
 from knife_jax.program import Program
 
@@ -199,7 +199,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
 def main() -> None:
     """Prints a JSON line per row; writes and draws them where asked."""
     settings = arguments()
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     refuse_existing(settings.out, settings.plot)
     rows = [machine(settings.repeats)]
     say(rows[0])

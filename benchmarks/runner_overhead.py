@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from benchmarks.measure import interleaved, significant
-from benchmarks.report import Row, add_output, refuse_existing, say, use_cores, write
+from benchmarks.report import Row, add_output, refuse_existing, say, use_processor, write
 from knife_jax import Config, make_train, runner
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
@@ -123,7 +123,7 @@ def main() -> None:
     """Prints a row per part, and writes them if asked to."""
     settings = arguments()
     refuse_existing(settings.out)
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     rows: list[Row] = []
     if "chunks" in settings.parts:
         rows.append(chunks_row(configuration(settings, settings.env_steps), settings.chunk_seeds, settings.repeats))

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.measure import significant
 from benchmarks.process_memory import Growth
-from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
+from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from benchmarks.rounds import Rounds
 from knife_jax import Config, make_program
 from knife_jax.memory import available_memory, seed_memory
@@ -136,7 +136,7 @@ def _mb(size: float) -> float:
 def main() -> None:
     """Prints a JSON line per row; writes and draws them where asked."""
     settings = arguments()
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     refuse_existing(settings.out, settings.plot)
     rows = []
     for game in settings.games:

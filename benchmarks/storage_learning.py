@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
+from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 
 STORAGES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -83,7 +83,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
 def main() -> None:
     """Prints a JSON line per storage; writes and draws them where asked."""
     settings = arguments()
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     refuse_existing(settings.out, settings.plot)
     rows: list[Row] = []
     for storage in dict.fromkeys(["float32", *settings.storages]):

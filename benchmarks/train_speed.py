@@ -27,7 +27,7 @@ from typing import Any
 import jax
 
 from benchmarks.measure import CLOCKS, clock, interleaved, significant
-from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_cores, write
+from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from benchmarks.rounds import Rounds
 from knife_jax import Config, make_program
 from knife_jax.config import parse_yaml
@@ -174,7 +174,7 @@ def paint(figure: Any, rows: list[Row]) -> None:
 def main() -> None:
     """Prints a JSON line per row; writes and draws them where asked."""
     settings = arguments()
-    use_cores(settings.cores)
+    use_processor(settings.cores)
     refuse_existing(settings.out, settings.plot)
     jax.config.update("jax_enable_compilation_cache", False)
     rows: list[Row] = []

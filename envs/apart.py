@@ -12,19 +12,23 @@ def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, compiled on processors as a computation of its own.
 
     XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
-    taken, for a reason that the compiler cannot see, keeps it from that: the first number among the arguments is not minus infinity (it must
-    not be, or all that comes out is zero).
+    taken, for a reason that the compiler does not see, keeps it from that: no number is less than minus infinity.
     """
     traced_once = jax.jit(function)
 
     def branch(*args: Any) -> Any:
         shapes = jax.eval_shape(traced_once, *args)
         first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
-        return jax.lax.cond(
-            ~(first < -3e38), traced_once, lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), *args
-        )
+        return jax.lax.cond(~(first < -jnp.inf), traced_once, lambda *_: jax.tree.map(_blank, shapes), *args)
 
     return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
+
+
+def _blank(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros, which vary over the devices of a surrounding `jax.shard_map` where the leaf does."""
+    varying = getattr(getattr(leaf, "manual_axis_type", None), "varying", ())
+    zeros = jnp.zeros(leaf.shape, leaf.dtype)
+    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
 def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,6 +88,18 @@ class Environment(abc.ABC):
     def step(self, key: PRNGKeyArray, state: EnvState, actions: Actions, params: EnvParams) -> tuple[EnvState, Outcome]:
         """Advances one environment step; never resets. Actions must be available ones."""
 
+    def step_or_reset(
+        self, key: PRNGKeyArray, state: EnvState, over: Flag, actions: Actions, params: EnvParams
+    ) -> tuple[EnvState, Outcome]:
+        """For automatic resets: advances one step, or draws the first state of another episode where this one is over.
+
+        The outcome is that of a step; where the episode is over it means nothing. A game may override it to draw for both at once.
+        """
+        key_step, key_reset = jax.random.split(key)
+        fresh = self.reset(key_reset, params)
+        stepped, outcome = self.step(key_step, state, actions, params)
+        return select(over, fresh, stepped), outcome
+
     @abc.abstractmethod
     def record(self, state: EnvState) -> Record:
         """The few bytes of a state from which, with the parameters, `observe` recomputes everything that learners see."""
@@ -100,6 +112,11 @@ class Environment(abc.ABC):
         """The best undiscounted episode return under `params`; NaN where it is not known."""
         del params
         return jnp.float32(jnp.nan)
+
+
+def select(condition: Flag, if_true: Any, if_false: Any) -> Any:
+    """Chooses a whole pytree; typed keys are selected like any other leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
 class Tasks(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from envs.base import Actions, Environment, EnvParams, EnvState, Flag, Observation, Outcome, Record, Scalar
+from envs.base import Actions, Environment, EnvParams, EnvState, Flag, Observation, Outcome, Record, Scalar, select
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,16 @@ class AutoReset(Wrapper):
 
     def step(self, key: PRNGKeyArray, state: AutoResetState, actions: Actions, params: EnvParams) -> tuple[AutoResetState, Outcome]:
         """Advances one step, or starts a new episode where the last one is over."""
-        key_step, key_reset = jax.random.split(key)
-        fresh = self.env.reset(key_reset, params)
-        stepped, outcome = self._inner_step(key_step, state, actions, params)
-        ended = outcome.terminated | outcome.truncated
         if self.resets_at_once:
-            next_env = _select(ended, fresh, stepped)
-            return AutoResetState(next_env, jnp.zeros((), bool)), outcome._replace(info={**outcome.info, "reset": jnp.zeros((), bool)})
-        return AutoResetState(_select(state.over, fresh, stepped), ended & ~state.over), _ignored_where(state.over, outcome)
+            key_step, key_reset = jax.random.split(key)
+            fresh = self.env.reset(key_reset, params)
+            stepped, outcome = self._inner_step(key_step, state, actions, params)
+            never = jnp.zeros((), bool)
+            next_env = select(outcome.terminated, fresh, stepped)
+            return AutoResetState(next_env, never), outcome._replace(info={**outcome.info, "reset": never})
+        next_env, outcome = self.env.step_or_reset(key, state.env, state.over, actions, params)
+        ended = outcome.terminated | outcome.truncated
+        return AutoResetState(next_env, ended & ~state.over), _ignored_where(state.over, outcome)
 
     def record(self, state: AutoResetState) -> Record:
         """The record of the wrapped state."""
@@ -132,7 +134,7 @@ class IdleAfterEnd(AutoReset):
         """Advances one step, or idles where the episode is over."""
         stepped, outcome = self._inner_step(key, state, actions, params)
         over = state.over | outcome.terminated | outcome.truncated
-        return AutoResetState(_select(state.over, state.env, stepped), over), _ignored_where(state.over, outcome)
+        return AutoResetState(select(state.over, state.env, stepped), over), _ignored_where(state.over, outcome)
 
 
 class EpisodeStatisticsState(NamedTuple):
@@ -159,6 +161,22 @@ class EpisodeStatistics(Wrapper):
     ) -> tuple[EpisodeStatisticsState, Outcome]:
         """Advances one step and counts it."""
         stepped, outcome = self.env.step(key, state.env, actions, params)
+        return self._counted(state, stepped, outcome)
+
+    def step_or_reset(
+        self, key: PRNGKeyArray, state: EpisodeStatisticsState, over: Flag, actions: Actions, params: EnvParams
+    ) -> tuple[EpisodeStatisticsState, Outcome]:
+        """Advances one step and counts it, or starts another episode and its counts."""
+        following, outcome = self.env.step_or_reset(key, state.env, over, actions, params)
+        counted, outcome = self._counted(state, following, outcome)
+        kept = counted._replace(env=())
+        return select(over, jax.tree.map(jnp.zeros_like, kept), kept)._replace(env=following), outcome
+
+    def record(self, state: EpisodeStatisticsState) -> Record:
+        """The record of the wrapped state."""
+        return self.env.record(state.env)
+
+    def _counted(self, state: EpisodeStatisticsState, stepped: EnvState, outcome: Outcome) -> tuple[EpisodeStatisticsState, Outcome]:
         state = EpisodeStatisticsState(stepped, state.episode_return + outcome.reward, state.episode_length + 1)
         statistics = {
             "episode_return": state.episode_return,
@@ -167,17 +185,8 @@ class EpisodeStatistics(Wrapper):
         }
         return state, outcome._replace(info={**outcome.info, **statistics})
 
-    def record(self, state: EpisodeStatisticsState) -> Record:
-        """The record of the wrapped state."""
-        return self.env.record(state.env)
-
 
 def _ignored_where(over: Flag, outcome: Outcome) -> Outcome:
     """Blanks the outcome of a step whose action is ignored, and says so."""
-    outcome = _select(over, jax.tree.map(jnp.zeros_like, outcome), outcome)
+    outcome = select(over, jax.tree.map(jnp.zeros_like, outcome), outcome)
     return outcome._replace(info={**outcome.info, "reset": over})
-
-
-def _select(condition: Flag, if_true, if_false):
-    """Chooses a whole pytree; typed keys are selected like any other leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)

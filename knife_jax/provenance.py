@@ -1,5 +1,6 @@
 """Where a result came from: versions, device, code revision."""
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -18,6 +19,7 @@ def environment_facts() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "processor": platform.processor() or platform.machine(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "revision": _revision(),
     }
 

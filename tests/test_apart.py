@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.apart import apart_under_vmap
+from envs.apart import apart, apart_under_vmap
 
 
 def _scaled(numbers, factor):
@@ -35,3 +35,19 @@ def test_gradients_pass_it_by():
 
     found = jax.vmap(jax.grad(loss), in_axes=(None, 0))(jnp.float32(1.0), jnp.ones((3, 4)))
     np.testing.assert_array_equal(found, [8.0, 8.0, 8.0])
+
+
+def test_any_number_takes_the_branch():
+    """Also minus infinity and what is not a number as the first of all."""
+    for first in (-jnp.inf, jnp.nan, jnp.inf):
+        numbers = jnp.array([first, 1.0])
+        np.testing.assert_array_equal(jax.jit(apart(jnp.negative))(numbers), -numbers)
+
+
+def test_it_stands_in_shard_map():
+    """With what varies over the devices checked, for one varying argument of two and outputs of which one does not vary."""
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, same = jax.sharding.PartitionSpec("device"), jax.sharding.PartitionSpec()
+    function = apart(lambda numbers, factor: (numbers * factor, factor + 1.0))
+    spread = jax.shard_map(function, mesh=mesh, in_specs=(over, same), out_specs=(over, same))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(spread)(jnp.arange(3.0), jnp.float32(2.0)), (jnp.array([0.0, 2.0, 4.0]), 3.0))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from knife_jax import cores as module
-from knife_jax.cores import FLAG, cores
+from knife_jax.cores import FLAG, cores, use_wide_vectors
 
 CASES = {
     "asked for": ("spread_over_cores(3)", {}, 3),
@@ -30,3 +30,20 @@ def test_jax_sees_as_many_devices(case):
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    ("features", "told", "expected"),
+    [
+        ("fma avx512f avx512vl", "", "--xla_cpu_prefer_vector_width=512"),
+        ("fma avx512f", "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        ("fma avx512f", "--other=1", "--other=1 --xla_cpu_prefer_vector_width=512"),
+        ("fma avx2", "", ""),
+    ],
+)
+def test_vectors_are_as_wide_as_the_processor_has_them(monkeypatch, features, told, expected):
+    """Unless the user settled it."""
+    monkeypatch.setattr(module, "_features", lambda: set(features.split()))
+    monkeypatch.setenv("XLA_FLAGS", told)
+    use_wide_vectors()
+    assert os.environ["XLA_FLAGS"] == expected

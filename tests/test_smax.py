@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from envs import smax
 from envs.smax import game, views
 from envs.smax.batching import batch_last
+from envs.smax.start import num_draws
 from envs.smax.types import FIRST_ATTACK, NOBODY, STOP, SmaxRecord
 from envs.wrappers import AutoReset
 
@@ -57,6 +58,38 @@ def test_one_battle_is_what_it_is_among_many():
     many = jax.jit(jax.vmap(jax.vmap(two_steps)))(keys)
     one = jax.jit(two_steps)(keys[1, 2])
     jax.tree.map(lambda single, batch: np.testing.assert_allclose(single, batch[1, 2], rtol=1e-5, atol=1e-5), one, many)
+
+
+def test_one_draw_serves_a_step_and_the_start_that_may_replace_it():
+    """`step_or_reset` is the step of the first of its bits, or the start of those that follow, one by one in a batch."""
+    env, params = smax.make("smacv2_5_units")
+    keys = jax.random.split(jax.random.key(0), 4)
+    over = jnp.array([False, True, False, True])
+    state = jax.vmap(lambda key: env.reset(key, params))(keys)
+    actions = jnp.full((4, env.num_agents), STOP, jnp.int32)
+    draws = env.num_units + env.num_enemies
+    bits = jax.vmap(lambda key: jax.random.bits(key, (draws + num_draws(env.num_units),)))(keys)
+
+    found, _ = jax.jit(jax.vmap(lambda *args: env.step_or_reset(*args, params)))(keys, state, over, actions)
+    stepped, _ = jax.jit(jax.vmap(lambda *args: game.batched(env).step(*args, params)))(bits[:, :draws], state, actions)
+    fresh = jax.jit(jax.vmap(lambda bits: game.batched(env).start(bits, params)))(bits[:, draws:])
+    jax.tree.map(lambda leaf, like: np.testing.assert_allclose(leaf[over], like[over], rtol=1e-5), found, fresh)
+    jax.tree.map(lambda leaf, like: np.testing.assert_allclose(leaf[~over], like[~over], rtol=1e-5), found, stepped)
+    assert np.any(found.x[over] != state.x[over]) and (found.steps == jnp.array([1, 0, 1, 0])).all()
+
+
+def test_battles_are_split_over_devices_with_what_varies_checked():
+    """Under `jax.shard_map`, as of one batch."""
+    env, params = smax.make("3m")
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.PartitionSpec("device")
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def seen(keys):
+        return jax.vmap(lambda key: env.observe(env.record(env.reset(key, params)), params))(keys)
+
+    spread = jax.jit(jax.shard_map(seen, mesh=mesh, in_specs=over, out_specs=over))(keys)
+    jax.tree.map(lambda leaf, like: np.testing.assert_allclose(leaf, like, rtol=1e-6), spread, jax.jit(seen)(keys))
 
 
 # --- battles ---

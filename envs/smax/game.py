@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from envs.base import Actions, Environment, Observation, Outcome, Scalar
+from envs.base import Actions, Environment, Flag, Observation, Outcome, Scalar
 from envs.smax import engine, views
 from envs.smax.batching import batch_last
 from envs.smax.enemy import heuristic_actions
@@ -115,7 +115,7 @@ class Smax(Environment):
 
     def reset(self, key: PRNGKeyArray, params: SmaxParams) -> SmaxState:
         """Draws unit types and positions; everyone is healthy and ready to shoot."""
-        return batched(self).start(jax.random.bits(key, (num_draws(self.num_units),)), _without_policy(params))
+        return batched(self).start(_draw(key, num_draws(self.num_units)), _without_policy(params))
 
     def step(self, key: PRNGKeyArray, state: SmaxState, actions: Actions, params: SmaxParams) -> tuple[SmaxState, Outcome]:
         """Eight ticks of a sixteenth of a second, during which every unit keeps to its action.
@@ -125,16 +125,19 @@ class Smax(Environment):
         """
         draws, plain = self.num_units, _without_policy(params)
         if self.enemy_policy is None:
-            bits = jax.random.bits(key, (draws + self.num_enemies,))
-            stepped, happened = batched(self).step(bits, state, actions, plain)
-        else:
-            key_bits, key_policy = jax.random.split(key)
-            enemy_actions = self.enemy_policy(key_policy, self.observe_as_enemy(self.record(state), params), params.enemy)
-            stepped, happened = batched(self).step_all(jax.random.bits(key_bits, (draws,)), state, actions, enemy_actions, plain)
-        terminated = happened.allies_dead | happened.enemies_dead
-        truncated = (stepped.steps >= self.max_steps + int(self.legacy)) & ~terminated
-        won, lost = happened.enemies_dead & ~happened.allies_dead, happened.allies_dead & ~happened.enemies_dead
-        return stepped, Outcome(happened.reward, terminated, truncated, {"won": won, "lost": lost, "timeout": truncated})
+            return self._with_outcome(*batched(self).step(_draw(key, draws + self.num_enemies), state, actions, plain))
+        key_bits, key_policy = jax.random.split(key)
+        enemy_actions = self.enemy_policy(key_policy, self.observe_as_enemy(self.record(state), params), params.enemy)
+        return self._with_outcome(*batched(self).step_all(_draw(key_bits, draws), state, actions, enemy_actions, plain))
+
+    def step_or_reset(
+        self, key: PRNGKeyArray, state: SmaxState, over: Flag, actions: Actions, params: SmaxParams
+    ) -> tuple[SmaxState, Outcome]:
+        """Advances one step, or draws the first state of another episode where this one is over; one draw is for both."""
+        if self.enemy_policy is not None:
+            return super().step_or_reset(key, state, over, actions, params)
+        bits = _draw(key, self.num_units + self.num_enemies + num_draws(self.num_units))
+        return self._with_outcome(*batched(self).step_or_start(bits, state, over, actions, _without_policy(params)))
 
     def record(self, state: SmaxState) -> SmaxRecord:
         """Drops the time and the enemy's intentions, which nobody observes."""
@@ -158,6 +161,13 @@ class Smax(Environment):
         """All damage and the win; nobody knows whether a policy can reach it against a strong enemy."""
         return jnp.asarray(params.damage_reward + params.win_reward, jnp.float32)
 
+    def _with_outcome(self, stepped: SmaxState, happened: Happened) -> tuple[SmaxState, Outcome]:
+        """The next state, and what a step brought as an outcome."""
+        terminated = happened.allies_dead | happened.enemies_dead
+        truncated = (stepped.steps >= self.max_steps + int(self.legacy)) & ~terminated
+        won, lost = happened.enemies_dead & ~happened.allies_dead, happened.allies_dead & ~happened.enemies_dead
+        return stepped, Outcome(happened.reward, terminated, truncated, {"won": won, "lost": lost, "timeout": truncated})
+
     def _observe(self, record: SmaxRecord, params: SmaxParams) -> Observation:
         agents, state, action_mask = batched(self).observe(record, params)
         if self.observation_type == "conic":
@@ -173,6 +183,7 @@ class _Batched(NamedTuple):
 
     start: Callable[..., SmaxState]
     step: Callable[..., tuple[SmaxState, Happened]]
+    step_or_start: Callable[..., tuple[SmaxState, Happened]]
     step_all: Callable[..., tuple[SmaxState, Happened]]
     observe: Callable[..., tuple[Any, Array, Array]]
 
@@ -180,7 +191,7 @@ class _Batched(NamedTuple):
 @functools.lru_cache(maxsize=128)
 def batched(env: Smax) -> _Batched:
     """The functions of one environment, made once, so that equal environments share what is traced and compiled."""
-    return _Batched(*(batch_last(functools.partial(function, env)) for function in (_start, _step, _step_all, _observe)))
+    return _Batched(*(batch_last(functools.partial(function, env)) for function in (_start, _step, _step_or_start, _step_all, _observe)))
 
 
 def _start(env: Smax, bits: UInt32[Array, "D B"], params: SmaxParams) -> SmaxState:
@@ -195,6 +206,16 @@ def _step(
     enemy_actions, target = heuristic_actions(bits[env.num_units :], state, statistics, params, env.num_agents)
     stepped, happened = _step_all(env, bits[: env.num_units], state, actions, enemy_actions, params)
     return stepped._replace(last_target=target.astype(jnp.int8)), happened
+
+
+def _step_or_start(
+    env: Smax, bits: UInt32[Array, "D B"], state: SmaxState, over: Bool[Array, "B"], actions: Int[Array, "A B"], params: SmaxParams
+) -> tuple[SmaxState, Happened]:
+    """A step against the heuristic enemy, or a start from the draws that come after the step's where the episode is over."""
+    draws = env.num_units + env.num_enemies
+    stepped, happened = _step(env, bits[:draws], state, actions, params)
+    fresh = _start(env, bits[draws:], params)
+    return jax.tree.map(lambda new, old: jnp.where(over.reshape((1,) * (new.ndim - 1) + over.shape), new, old), fresh, stepped), happened
 
 
 def _step_all(
@@ -240,6 +261,10 @@ def _placed(features: Float[Array, "A N F"], slots: Int[Array, "A N"], own: Floa
     rows = jnp.arange(slots.shape[0])[:, None]
     empty = jnp.zeros((slots.shape[0], views.SECTORS * views.UNITS_PER_SECTOR, features.shape[-1]))
     return jnp.concatenate([empty.at[rows, slots].set(features, mode="drop").reshape(slots.shape[0], -1), own], axis=-1)
+
+
+def _draw(key: PRNGKeyArray, number: int) -> UInt32[Array, "D"]:
+    return jax.random.bits(key, (number,))
 
 
 def _without_policy(params: SmaxParams) -> SmaxParams:
