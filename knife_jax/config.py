@@ -121,6 +121,9 @@ class LearnerConfig:
     """As the agents' one, for the mixer."""
     mixer_init_scale: Annotated[float, Field(gt=0)] = 1.0
     """Scale of the mixer's orthogonal initializer."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradient steps compute the networks in; parameters, values, targets and the optimizer are float32 either way. bfloat16 is for
+    accelerators: processors are slower with it."""
 
 
 @dataclass(frozen=True, config=_SETTINGS)

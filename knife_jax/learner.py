@@ -270,8 +270,27 @@ def _towards(tau: Array | float, old: Array, new: Array) -> Array:
 
 
 def _unroll(variables: Variables, networks: Networks, inputs: Array, batch: Sequences) -> Array:
-    values, _ = networks.apply_agent(variables, inputs, batch.starts, networks.initial_hidden(inputs.shape[1:-1]))
-    return jnp.asarray(values)
+    hidden = networks.initial_hidden(inputs.shape[1:-1])
+    variables, inputs, hidden = _to_compute_in(networks, (variables, inputs, hidden))
+    values, _ = networks.apply_agent(variables, inputs, batch.starts, hidden)
+    return jnp.asarray(values, jnp.float32)
+
+
+VALUE_LAYERS = ("output", "v_output")
+"""Modules whose output is a value, or is added to one as it is: they compute in float32 whatever the others do."""
+
+
+def _to_compute_in(networks: Networks, tree: Any) -> Any:
+    """Inputs and variables in `learner.compute_dtype`, except for layers of values, and for taps, which count samples."""
+    if networks.config.learner.compute_dtype == "float32":
+        return tree
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = [str(getattr(part, "key", "")).rsplit("/")[-1] for part in path]
+        stays = "taps" in names or any(name in VALUE_LAYERS for name in names) or leaf.dtype != jnp.float32
+        return leaf if stays else leaf.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
 def _mix(
@@ -281,5 +300,6 @@ def _mix(
     one_hot = jax.nn.one_hot(actions, values.shape[-1], dtype=values.dtype)
     exists = observation.agent_mask
     chosen = jnp.where(exists, (values * one_hot).sum(axis=-1), 0.0)
+    variables, one_hot, state = _to_compute_in(networks, (variables, one_hot, state))
     inputs = MixerInputs(chosen, jnp.where(exists, best, 0.0), jnp.where(exists[..., None], one_hot, 0.0), state, exists)
-    return networks.apply_mixer(variables, inputs)
+    return networks.apply_mixer(variables, inputs).astype(jnp.float32)

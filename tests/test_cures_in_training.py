@@ -74,7 +74,7 @@ def test_every_method_is_part_of_the_one_program(name):
 def test_units_treated_once_are_left_alone_where_asked():
     """With `repeat: false` a layer of 8 is treated for good after four interventions of 2, although there are more."""
     config = _config({**ALWAYS, "repeat": False}, **VDN)
-    program, state, _ = _learned(config)
+    program, state, _ = primed(config)
     intervene = jax.jit(lambda key, state: learner.intervene(key, state, {}, program.networks, config.hyper)[0])
     learned = state.learner
     for number in range(6):
@@ -121,7 +121,7 @@ def _gradient_step_without_cure(params, target, opt_state, networks, batch, hype
     return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
-def _learned(config):
+def primed(config):
     """A program, its state with a filled replay, and a batch."""
     program = make_program(config)
     hyper, key = config.hyper, jax.random.key(1)
@@ -142,7 +142,7 @@ def _learned(config):
 def test_without_a_cure_the_step_is_the_one_without_cures():
     """With `none` the jaxpr of the gradient step is, equation for equation, that of a step that knows no cure."""
     config = _config({"name": "none"})
-    program, state, batch = _learned(config)
+    program, state, batch = primed(config)
     learned, networks = state.learner, program.networks
 
     def ours(params, target, opt_state):
@@ -166,7 +166,7 @@ def test_without_a_cure_the_step_is_the_one_without_cures():
 def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composite):
     """Q_tot of the actions taken and of the next greedy ones, online and target, three interventions with learning in between."""
     config = _config({**ALWAYS, "composite": composite}, learner={"mixer": mixer}, agent={"recurrent": recurrent, "hidden_size": 8})
-    program, state, batch = _learned(config)
+    program, state, batch = primed(config)
     networks, hyper = program.networks, config.hyper
     observation = learner.observe(networks, batch.slots.record, batch.slots.task)
 
@@ -236,7 +236,7 @@ def test_diagnostics_of_every_layer_are_logged():
 def test_averaged_targets_cover_the_reserve():
     """Polyak averaging moves the target's frozen numbers towards the online ones and leaves the links between neurons alone."""
     config = _config(ALWAYS, learner={"mixer": "qmix", "target_update": "polyak", "polyak_tau": 0.25})
-    program, state, _ = _learned(config)
+    program, state, _ = primed(config)
     intervene = jax.jit(lambda state: learner.intervene(jax.random.key(0), state, {}, program.networks, config.hyper)[0])
     learned = intervene(state.learner)
     other = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, learned.target_reserve)

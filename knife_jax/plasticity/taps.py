@@ -67,9 +67,10 @@ def _forward(activations: Array, measured: Tap, weight: Array) -> tuple[Array, A
 
 
 def _backward(saved: tuple[Array, Tap, Array], gradient: Array) -> tuple[Array, Tap, None]:
-    activations, measured, weight = saved
+    measured = saved[1]
+    activations, weight, gradients = (jnp.asarray(values, jnp.float32) for values in (saved[0], saved[2], gradient))
     values = {
-        "absolute_gradient": lambda: jnp.abs(gradient) * weight,
+        "absolute_gradient": lambda: jnp.abs(gradients) * weight,
         "absolute": lambda: jnp.abs(activations) * weight,
         "signed": lambda: activations * weight,
         "squared": lambda: jnp.square(activations) * weight,
