@@ -65,16 +65,28 @@ def recur(
 
 
 def _forward(projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, Gates, Array]:
-    """States, gates and what the state gave to the candidate, all `[T, N, H]`."""
+    """States, gates and what the state gave to the candidate, all `[T, N, H]`.
 
-    def one_step(state: Array, step: tuple[Gates, Array]) -> tuple[Array, tuple[Array, Gates, Array]]:
-        projections, start = step
+    A gate takes the place of what the inputs gave to it, which saves a pass through memory that makes room for it.
+    """
+
+    def one_step(carry: tuple[Array, Gates], step: tuple[Array, Array]) -> tuple[tuple[Array, Gates], tuple[Array, Array]]:
+        state, (reset, update, candidate) = carry
+        index, start = step
+
+        def at(gate: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(gate, index, keepdims=False)
+
+        def put(gate: Array, values: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(gate, values, index, 0)
+
         state = jnp.where(start[:, None], 0.0, state)
-        reset, update, candidate, recalled = _gates(projections, _by_gate(state @ kernel + bias[None]))
-        state = (1 - update) * candidate + update * state
-        return state, (state, (reset, update, candidate), recalled)
+        r, z, n, recalled = _gates((at(reset), at(update), at(candidate)), _by_gate(state @ kernel + bias[None]))
+        state = (1 - z) * n + z * state
+        return (state, (put(reset, r), put(update, z), put(candidate, n))), (state, recalled)
 
-    return jax.lax.scan(one_step, hidden, (_by_gate(projected), starts))[1]
+    (_, gates), (states, recalled) = jax.lax.scan(one_step, (hidden, _by_gate(projected)), (jnp.arange(starts.shape[0]), starts))
+    return states, gates, recalled
 
 
 def _saved(projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
