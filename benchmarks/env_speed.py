@@ -1,9 +1,10 @@
-"""Environment steps per second of our SMAX and of JaxMARL's, in one process, with interleaved repeats.
+"""Environment steps per second of our SMAX and of JaxMARL's, in one process, with interleaved repeats; or of any game of ours alone.
 
     python -m benchmarks.env_speed --scenarios 3m 2s3z --envs 32 256 --cores 1
     python -m benchmarks.env_speed --scenarios 3m --envs 64x8 256x4        # seeds x environments, both under vmap
     python -m benchmarks.env_speed --scenarios 3m --envs 256 --parts       # where our time goes
     python -m benchmarks.env_speed --scenarios 3m --envs 1024 --devices 2  # also with each core a device of its own
+    python -m benchmarks.env_speed --scenarios predator_prey/gradps_small --envs 1 256 --ours-alone
 
 A step is what collecting data needs: the battle against the heuristic enemy for a random action per ally (attacks out of range do nothing
 in either), automatic reset, and the allies' observations, world state and action masks. One JSON line per row. Rates are steps per second
@@ -84,12 +85,12 @@ def rollout(reset: Callable[..., Any], step: Callable[..., Any], see: Callable[.
 
 
 def ours(scenario: str, num_envs: int) -> Callable[[Any], Any]:
-    """A rollout of our engine."""
-    from envs import smax
+    """A rollout of our engine, or of another game of ours where the scenario names one."""
+    from envs.registry import make
     from envs.wrappers import AutoReset
 
-    game, params = smax.make(scenario)
-    env = AutoReset(game)
+    game = make(scenario if "/" in scenario else f"smax/{scenario}")
+    env, params = AutoReset(game.env), game.tasks.at(0)
 
     def step(key: Any, state: Any, actions: Any) -> Any:
         state, outcome = env.step(key, state, actions, params)
@@ -245,8 +246,10 @@ def part_bodies(scenario: str, num_envs: int) -> dict[str, tuple[Any, Callable[[
     }
 
 
-def spread(settings: argparse.Namespace) -> None:
-    """Makes the devices that were asked for."""
+def check_and_spread(settings: argparse.Namespace) -> None:
+    """Makes the devices that were asked for; ends the program if what was asked for does not go together."""
+    if any("/" in scenario for scenario in settings.scenarios) and (settings.parts or not settings.ours_alone):
+        raise SystemExit("--scenarios: games other than SMAX are timed with --ours-alone, without --parts")
     if not settings.devices:
         return
     if any(sizes(text)[0] or sizes(text)[1] % settings.devices for text in settings.envs):
@@ -261,7 +264,7 @@ def main() -> None:
     settings = arguments()
     use_processor(settings.cores)
     refuse_existing(settings.out)
-    spread(settings)
+    check_and_spread(settings)
     rows = []
     for scenario in settings.scenarios:
         for text in settings.envs:

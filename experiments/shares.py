@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from knife_jax.plan import make_game, make_plan
 from knife_jax.run_result import RunResult
@@ -58,6 +59,8 @@ def over_training(runs: Mapping[tuple[str, str], RunResult], title: str) -> Figu
             style = "-" if mixer == "qmix" else "--"
             axes.plot(run.metrics["env_steps"], value, style, color=colors[setting], linewidth=1.3, label=f"{setting}, {mixer}")
             axes.fill_between(run.metrics["env_steps"], low, high, color=colors[setting], alpha=0.1, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda steps, _: f"{steps:,.0f}")
     _finish(figure, panels, "environment steps")
     return figure
 
