@@ -8,7 +8,7 @@ import pytest
 
 from knife_jax import Config, learner
 from knife_jax.model import make_networks
-from tests.test_cures_in_training import ALWAYS, EAGER, HUNTING, primed
+from tests.test_cures_in_training import ALWAYS, HUNTING, primed
 
 SIZES = {"qmix": {"embed_size": 8, "hypernet_size": 16}}
 
@@ -44,7 +44,7 @@ def _vector(tree):
 
 @pytest.mark.parametrize(
     ("mixer", "recurrent"),
-    [pytest.param("vdn", False, marks=pytest.mark.slow), ("qmix", True), pytest.param("qplex", False, marks=pytest.mark.slow)],
+    [("qmix", True), pytest.param("qplex", False, marks=pytest.mark.slow)],
 )
 def test_a_step_is_near_that_in_float32(mixer, recurrent):
     """The loss within 2 % and not the same, the gradient in the same direction, and everything that is kept of the type it was."""
@@ -58,10 +58,10 @@ def test_a_step_is_near_that_in_float32(mixer, recurrent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["knife", "knife_mixing", "redo"])
+@pytest.mark.parametrize("name", ["knife", "redo"])
 def test_cures_take_part(name):
     """With treated units the same holds, and samples are counted exactly."""
-    cure = {**ALWAYS, "name": name} if name == "knife" else {"name": name, **EAGER[name]}
+    cure = ALWAYS if name == "knife" else {"name": name, "tau": 1e9}
     start, found = _both("qmix", cure)
     (exact, plain, _), (after, metrics, _) = found["float32"], found["bfloat16"]
     assert metrics["loss"] != plain["loss"]
