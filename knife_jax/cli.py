@@ -39,6 +39,9 @@ from knife_jax.wandb_log import WandbSettings
 
 DEFAULT_PRESET = "matrix_drift"
 
+SEEDS_FOR_A_CORE = 32
+"""With many more seeds side by side what a processor works on leaves its caches, and every seed takes longer (see README, measured)."""
+
 
 @dataclass(frozen=True)
 class TrainArguments:
@@ -231,6 +234,8 @@ def _train_part(console: Console, place: Place, parsed: TrainArguments) -> dict[
 def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int | None, devices: int) -> int:
     """How many seeds are trained side by side, by the memory they take, which is said before anything compiles.
 
+    On processors no more than fit their caches, `SEEDS_FOR_A_CORE`.
+
     Raises:
         ValueError: if not even one seed fits, or not as many as were asked for.
     """
@@ -239,7 +244,10 @@ def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int 
         available //= devices // jax.process_count()  # which share the machine's memory
     available = -int(most(-available)[0])  # the same everywhere, for the same batches
     if seeds_per_batch is None:
-        seeds_per_batch = devices * fit_seeds(memory, config, -(-seeds // devices), available)
+        most_on_each = -(-seeds // devices)
+        if jax.default_backend() == "cpu":
+            most_on_each = min(most_on_each, SEEDS_FOR_A_CORE)
+        seeds_per_batch = devices * fit_seeds(memory, config, most_on_each, available)
     width = runner.batch_width(seeds, seeds_per_batch, devices)
     console.print(memory.describe(width // devices, available) + (" on each device" if devices > 1 else ""), highlight=False)
     check_seeds(memory, config, width // devices, available)
