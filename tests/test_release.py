@@ -13,7 +13,7 @@ from knife_jax.plasticity.knife import knife
 from knife_jax.plasticity.method import Trees, chain, no_fading
 from knife_jax.plasticity.regularisers import l2_init
 from tests.composites import stack_graph, stacked
-from tests.test_cures_in_training import ALWAYS, SMALL, VDN, _learned
+from tests.test_cures_in_training import ALWAYS, SMALL, VDN, primed
 from tests.test_knife import moved, same_bits, small
 from tests.test_knife_mixing import data, net
 
@@ -141,7 +141,7 @@ def test_training_fades_the_online_network_and_the_target_follows():
     """Every gradient step fades the online reserve alone; a copy brings the target along."""
     cure = {**ALWAYS, "layers": "agent/hidden_2", "release_updates": 4.0}
     config = Config.from_dict({**SMALL, **VDN, "plasticity": cure})
-    program, state, batch = _learned(config)
+    program, state, batch = primed(config)
 
     @jax.jit
     def stepped(learned):

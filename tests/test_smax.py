@@ -70,7 +70,9 @@ def test_one_draw_serves_a_step_and_the_start_that_may_replace_it():
     draws = env.num_units + env.num_enemies
     bits = jax.vmap(lambda key: jax.random.bits(key, (draws + num_draws(env.num_units),)))(keys)
 
-    found, _ = jax.jit(jax.vmap(lambda *args: env.step_or_reset(*args, params)))(keys, state, over, actions)
+    found, _ = jax.jit(jax.vmap(lambda key, state, over, actions: env.step_or_reset(key, state, over, actions, params)))(
+        keys, state, over, actions
+    )
     stepped, _ = jax.jit(jax.vmap(lambda *args: game.batched(env).step(*args, params)))(bits[:, :draws], state, actions)
     fresh = jax.jit(jax.vmap(lambda bits: game.batched(env).start(bits, params)))(bits[:, draws:])
     jax.tree.map(lambda leaf, like: np.testing.assert_allclose(leaf[over], like[over], rtol=1e-5), found, fresh)
