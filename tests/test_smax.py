@@ -80,6 +80,21 @@ def test_one_draw_serves_a_step_and_the_start_that_may_replace_it():
     assert np.any(found.x[over] != state.x[over]) and (found.steps == jnp.array([1, 0, 1, 0])).all()
 
 
+def test_a_derived_game_keeps_its_own_step_under_automatic_reset():
+    """Here one that pays a point for every step."""
+
+    class Paid(smax.Smax):
+        def step(self, key, state, actions, params):
+            state, outcome = super().step(key, state, actions, params)
+            return state, outcome._replace(reward=outcome.reward + 1.0)
+
+    env = AutoReset(Paid())
+    params = env.default_params
+    state = env.reset(jax.random.key(0), params)
+    _, outcome = jax.jit(env.step)(jax.random.key(1), state, jnp.full(env.num_agents, STOP, jnp.int32), params)
+    assert float(outcome.reward) == 1.0
+
+
 def test_battles_are_split_over_devices_with_what_varies_checked():
     """Under `jax.shard_map`, as of one batch."""
     env, params = smax.make("3m")

@@ -133,8 +133,12 @@ class Smax(Environment):
     def step_or_reset(
         self, key: PRNGKeyArray, state: SmaxState, over: Flag, actions: Actions, params: SmaxParams
     ) -> tuple[SmaxState, Outcome]:
-        """Advances one step, or draws the first state of another episode where this one is over; one draw is for both."""
-        if self.enemy_policy is not None:
+        """Advances one step, or draws the first state of another episode where this one is over; one draw is for both.
+
+        Games derived from this one, with a step or a reset of their own, draw for each.
+        """
+        derived = type(self).step is not Smax.step or type(self).reset is not Smax.reset
+        if derived or self.enemy_policy is not None:
             return super().step_or_reset(key, state, over, actions, params)
         bits = _draw(key, self.num_units + self.num_enemies + num_draws(self.num_units))
         return self._with_outcome(*batched(self).step_or_start(bits, state, over, actions, _without_policy(params)))
