@@ -68,7 +68,7 @@ def _forward(activations: Array, measured: Tap, weight: Array) -> tuple[Array, A
 
 def _backward(saved: tuple[Array, Tap, Array], gradient: Array) -> tuple[Array, Tap, None]:
     measured = saved[1]
-    activations, weight, gradients = (jnp.asarray(values, jnp.float32) for values in (saved[0], saved[2], gradient))
+    activations, weight, gradients = (_at_least_float32(values) for values in (saved[0], saved[2], gradient))
     values = {
         "absolute_gradient": lambda: jnp.abs(gradients) * weight,
         "absolute": lambda: jnp.abs(activations) * weight,
@@ -86,6 +86,11 @@ def _backward(saved: tuple[Array, Tap, Array], gradient: Array) -> tuple[Array, 
         stacked = measured["gram"].ndim == 3
         summed["gram"] = jnp.einsum("...ki,...kj->kij" if stacked else "...i,...j->ij", activations * weight, activations)
     return gradient, summed, None
+
+
+def _at_least_float32(values: Array) -> Array:
+    """Sums over many samples in bfloat16 would stop growing."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _align(values: Array, like: Array) -> Array:
