@@ -255,6 +255,7 @@ def _same_files(metrics, whole):
         np.testing.assert_allclose(metrics[name.replace("/", ".")], values, rtol=tolerance(name), atol=0, err_msg=name)
 
 
+@pytest.mark.slow
 def test_killed_three_times_a_run_ends_with_the_same_bits(whole, tmp_path, compile_once):
     """While it compiles, in the middle of writing a checkpoint, and while it trains."""
     run = Killed(tmp_path, compile_once)
