@@ -18,7 +18,8 @@ from knife_jax.program import Program, make_program
 
 WORK_PER_LIVE_BYTE = {"recurrent": 2.2, "feed-forward": 1.5}
 """Memory that a compiled program works in, per byte that is alive at once in the traced one, by the agents' kind: XLA orders operations for
-concurrency rather than for memory, and copies operands of batched products and of loops. Measured on the CPU with 16 to 4,096 seeds."""
+concurrency rather than for memory, and copies operands of batched products and of loops. Fitted to
+what 128 to 4,096 seeds took on the CPU."""
 
 PROCESS_BYTES = 30_000_000
 """What a running program takes whatever the number of seeds: its code, and buffers of the threads that multiply matrices."""
