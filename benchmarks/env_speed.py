@@ -131,11 +131,13 @@ def compiled(run: Callable[[Any], Any], seeds: int | None, env_steps: int) -> Pr
     """Compiles a rollout, over seeds if there are any."""
     import jax
 
+    from knife_jax.cores import compile_wide
+
     def keys(number: int) -> Any:
         return jax.random.split(jax.random.key(number), seeds) if seeds else jax.random.key(number)
 
     started = time.process_time()
-    program = jax.jit(jax.vmap(run) if seeds else run).lower(keys(0)).compile()
+    program = compile_wide(jax.jit(jax.vmap(run) if seeds else run).lower(keys(0)))
     took = time.process_time() - started
     return Program(lambda number: jax.block_until_ready(program(keys(number))), env_steps, took)
 
@@ -186,15 +188,19 @@ def parts(scenario: str, text: str, settings: argparse.Namespace) -> dict[str, A
     """One row: microseconds of processor time per environment step of the parts of ours, each alone in a loop; they overlap."""
     import jax
 
+    from knife_jax.cores import compile_wide
+
     seeds, num_envs = sizes(text)
     if seeds:
         raise SystemExit("--parts takes environments without seeds")
     bodies = part_bodies(scenario, num_envs)
-    looped = {
-        name: jax.jit(lambda carry, body=body: jax.lax.scan(lambda c, _: (body(c), None), carry, None, length=STEPS)[0])
-        for name, (_, body) in bodies.items()
-    }
-    runs = {name: lambda _, name=name: jax.block_until_ready(looped[name](bodies[name][0])) for name in bodies}
+
+    def looped(body: Callable[[Any], Any], start: Any) -> Any:
+        run = jax.jit(lambda carry: jax.lax.scan(lambda c, _: (body(c), None), carry, None, length=STEPS)[0])
+        return compile_wide(run.lower(start))
+
+    programs = {name: looped(body, start) for name, (start, body) in bodies.items()}
+    runs = {name: lambda _, name=name: jax.block_until_ready(programs[name](bodies[name][0])) for name in bodies}
     row: dict[str, Any] = {"scenario": scenario, "envs": text, "cores": settings.cores or os.cpu_count()}
     return row | {f"{name}_us": round(each.cpu / num_envs / STEPS * 1e6, 3) for name, each in interleaved(runs, settings.repeats).items()}
 

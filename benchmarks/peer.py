@@ -13,6 +13,7 @@ import yaml
 
 from envs.jaxmarl_quiet import import_jaxmarl, in_jaxmarl
 from knife_jax import Config
+from knife_jax.cores import compile_wide
 
 SCRIPT = Path("baselines/QLearning/qmix_rnn.py")
 SETTINGS = Path("baselines/QLearning/config/alg/ql_rnn_smax.yaml")
@@ -95,6 +96,6 @@ def compile_peer(checkout: Path, config: Config, rounds: int, seeds: int) -> Pee
     keys = jax.random.split(jax.random.PRNGKey(0), seeds)
     wall, cpu = time.perf_counter(), time.process_time()
     with in_jaxmarl():
-        compiled = jax.jit(train).lower(jax.numpy.int32(0), keys).compile()
+        compiled = compile_wide(jax.jit(train).lower(jax.numpy.int32(0), keys))
     took = time.perf_counter() - wall, time.process_time() - cpu
     return Peer(lambda starts: int(jax.block_until_ready(compiled(jax.numpy.int32(starts), keys))[0].sum()), rounds, *took)

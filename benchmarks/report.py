@@ -26,13 +26,7 @@ def refuse_existing(*paths: Path | None) -> None:
 
 
 def use_processor(count: int | None) -> None:
-    """Restricts this process, and those that it starts, to so many cores, and has XLA use wide vectors, as the command line does.
-
-    Must come before JAX starts in it.
-    """
-    from knife_jax.cores import use_wide_vectors
-
-    use_wide_vectors()
+    """Restricts this process, and those that it starts, to so many cores; must come before JAX starts in it."""
     if count:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:count]))
 

@@ -27,6 +27,7 @@ from benchmarks.light import make_light, repeated
 from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, significant
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from knife_jax import Config, collect, learner, make_program, replay
+from knife_jax.cores import compile_wide
 from knife_jax.program import Program
 
 GAMES = ("smax/3m", "smax/2s3z", "predator_prey/wqmix")
@@ -58,7 +59,7 @@ def machine(repeats: int) -> Row:
     square, line = jnp.full((size, size), 1 / size), jnp.ones(length)
 
     def repeat(body: Callable[[Any], Any], start: Any) -> Callable[[int], Any]:
-        run = jax.jit(lambda start: jax.lax.scan(lambda carry, _: (body(carry), None), start, length=times)[0]).lower(start).compile()
+        run = compile_wide(jax.jit(lambda start: jax.lax.scan(lambda carry, _: (body(carry), None), start, length=times)[0]).lower(start))
         return lambda _: jax.block_until_ready(run(start))
 
     programs = {"product": repeat(lambda carry: carry @ square, square), "stream": repeat(lambda carry: carry * 0.5 + 1.0, line)}
@@ -134,9 +135,9 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     flops = count_flops(jax.make_jaxpr(step)(learned, jnp.int32(0), stored, keys[0]).jaxpr)
     inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / 2)), 16)
     networks, data = make_light(keys[1], learned.params, program.plan.sequence_slots, settings.batch_size, program.networks.env.num_agents)
-    steps = jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0]).compile()
+    steps = compile_wide(jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0]))
     bare = jax.jit(lambda networks, data: repeated(inside, networks, data))
-    light = bare.lower(networks, data).compile()
+    light = compile_wide(bare.lower(networks, data))
     light_flops = _whole(jax.make_jaxpr(bare)(networks, data).jaxpr, light, inside, flops, f"{game}, {mixer}, hidden size {hidden}")
     programs = {
         "step": lambda number: jax.block_until_ready(steps(learned, stored, jax.random.key(number))),

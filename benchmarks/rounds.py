@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from knife_jax import RunnerState
+from knife_jax.cores import compile_wide
 from knife_jax.groups import vmap_in_groups
 from knife_jax.program import Program
 from knife_jax.replay import ReplayState
@@ -34,8 +35,8 @@ class Rounds:
         rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, hyper), (AXES,), (AXES, 0), group or seeds)
         wall, cpu = time.perf_counter(), time.process_time()
         start = jax.jit(begin)
-        self._start = start.lower(self._keys).compile()
-        self._advance = jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys)).compile()
+        self._start = compile_wide(start.lower(self._keys))
+        self._advance = compile_wide(jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys)))
         self.compile_wall, self.compile_cpu = time.perf_counter() - wall, time.process_time() - cpu
 
     @property

@@ -18,7 +18,7 @@ from experiments import cells, protocol, tuning
 from experiments.cells import Cell, Work
 from experiments.report import write_report
 from knife_jax.cache import keep_compiled_programs
-from knife_jax.cores import spread_over_cores, use_wide_vectors
+from knife_jax.cores import spread_over_cores
 
 
 def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = None) -> int:
@@ -43,7 +43,6 @@ def main(name: str, arguments: Sequence[str] | None = None, work: Work | None = 
     root = given.out or Path("runs") / "experiments" / name / given.scale
     console = Console(highlight=False)
     keep_compiled_programs()
-    use_wide_vectors()
     spread_over_cores()
     try:
         if given.seeds is not None and given.seeds < 1:

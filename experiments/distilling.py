@@ -28,6 +28,7 @@ from experiments import cells
 from experiments.cells import Cell
 from knife_jax import learner, replay
 from knife_jax.config import Config, PlasticityConfig, parse_yaml
+from knife_jax.cores import compile_wide
 from knife_jax.learner import LearnerState
 from knife_jax.model import Networks, draw_params, make_networks, observe
 from knife_jax.program import Program, RunnerState, make_program
@@ -125,7 +126,8 @@ def teach(cell: Cell, path: Path) -> None:
     keys = seed_keys(cell.seeds, cell.first_seed)
     without = replace(cell.config, plasticity=PlasticityConfig())
     lessons, steps = _lessons(without.to_yaml(), cell.seeds, cell.first_seed), steps_of(cell.config)
-    unexplained = jax.jit(jax.vmap(make_student(cell.config, steps)))(keys, lessons)
+    student = jax.jit(jax.vmap(make_student(cell.config, steps)))
+    unexplained = compile_wide(student.lower(keys, lessons))(keys, lessons)
     arrays = {"unexplained": np.asarray(unexplained), "steps": np.arange(RECORDS + 1) * (steps // RECORDS)}
     arrays |= {f"shares/{name.removeprefix('plasticity/')}": np.asarray(values) for name, values in lessons.shares.items()}
     facts = {"seeds": cell.seeds, "first_seed": cell.first_seed, "run_seconds": round(time.perf_counter() - began, 3)}
@@ -135,7 +137,8 @@ def teach(cell: Cell, path: Path) -> None:
 @lru_cache(maxsize=1)
 def _lessons(config: str, seeds: int, first_seed: int) -> Lesson:
     """The lessons of many seeds."""
-    return jax.jit(jax.vmap(make_lesson(Config.from_dict(parse_yaml(config)))))(seed_keys(seeds, first_seed))
+    lesson, keys = jax.jit(jax.vmap(make_lesson(Config.from_dict(parse_yaml(config))))), seed_keys(seeds, first_seed)
+    return compile_wide(lesson.lower(keys))(keys)
 
 
 def _live(program: Program, key: PRNGKeyArray) -> tuple[RunnerState, Any, dict[str, Float[Array, "P"]]]:

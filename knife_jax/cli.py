@@ -21,7 +21,7 @@ from knife_jax import policy as policies
 from knife_jax import watch as watching
 from knife_jax.cache import keep_compiled_programs
 from knife_jax.config import Config, LearnerConfig
-from knife_jax.cores import spread_over_cores, use_wide_vectors
+from knife_jax.cores import spread_over_cores
 from knife_jax.hosts import Hosts, connect, is_first, most
 from knife_jax.interrupts import RunStoppedError
 from knife_jax.memory import available_memory, check_seeds, fit_seeds, seed_memory
@@ -170,7 +170,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nunknown command {given[0]!r}", file=sys.stderr)
         return 0 if wants_help else 2
     keep_compiled_programs()
-    use_wide_vectors()
     try:
         return commands[given[0]](given[1:])
     except (ValueError, OSError, ImportError) as error:

@@ -1,24 +1,38 @@
-"""What the command line asks of JAX on processors: cores as devices, over which seeds are spread, and wide vectors."""
+"""What is asked of JAX on processors: cores as devices, over which seeds are spread, and wide vectors."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import jax
+from jax.stages import Compiled, Lowered
 
 FLAG = "xla_force_host_platform_device_count"
 WIDTH = "xla_cpu_prefer_vector_width"
 
 
-def use_wide_vectors() -> None:
+def compile_wide(lowered: Lowered) -> Compiled:
+    """Compiles with `compiler_options()`; a program with an arctangent without them.
+
+    XLA's arctangent is wrong in vectors of 512 bits (jax 0.10.2): its function of 16 numbers is called as if it took and gave 8.
+
+    Args:
+        lowered: what `jax.jit(function).lower(...)` gives.
+    """
+    options = compiler_options()
+    return lowered.compile(None if not options or "atan" in lowered.as_text() else options)
+
+
+def compiler_options() -> dict[str, str | bool]:
     """Has XLA use vectors of 512 bits on processors that have them (AVX-512); by itself it keeps to 256.
 
-    To be called before anything is computed. What the user settled in `XLA_FLAGS` stays. Processes that this one starts inherit it.
+    Nothing on accelerators, or where `XLA_FLAGS` say how wide vectors shall be.
     """
-    told = os.environ.get("XLA_FLAGS", "")
-    if WIDTH not in told and "avx512f" in _features():
-        os.environ["XLA_FLAGS"] = f"{told} --{WIDTH}=512".strip()
+    wide = jax.default_backend() == "cpu" and WIDTH not in os.environ.get("XLA_FLAGS", "") and "avx512f" in _features()
+    return {WIDTH: "512"} if wide else {}
 
 
+@cache
 def _features() -> set[str]:
     """What the processor says it has; nothing where the system does not tell."""
     try:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from knife_jax.cores import compiler_options
+
 
 def environment_facts() -> dict[str, Any]:
     """What a result file must say about where it came from: versions, device, processor, code revision."""
@@ -20,6 +22,7 @@ def environment_facts() -> dict[str, Any]:
         "process_count": jax.process_count(),
         "processor": platform.processor() or platform.machine(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compiler_options": compiler_options(),
         "revision": _revision(),
     }
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import runpy
 from pathlib import Path
 
 import jax
@@ -13,10 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 # Most of a test's time is compilation, which need not produce fast code here; slow tests, which compute for minutes, ask for fast code.
 if os.environ.get("KNIFE_JAX_FAST_CODE") != "1":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-
-# As the command line does, so that commands called here compute as those in processes of their own; by its path, since the package must not
-# be imported before the checks of array types are on.
-runpy.run_path(str(Path(__file__).parents[1] / "knife_jax" / "cores.py"))["use_wide_vectors"]()
 
 os.environ["KNIFE_JAX_CACHE"] = "off"  # no test may depend on what an earlier run left behind
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from knife_jax import cores as module
-from knife_jax.cores import FLAG, cores, use_wide_vectors
+from knife_jax.cores import FLAG, WIDTH, compile_wide, compiler_options, cores
 
 CASES = {
     "asked for": ("spread_over_cores(3)", {}, 3),
@@ -35,15 +38,61 @@ def test_jax_sees_as_many_devices(case):
 @pytest.mark.parametrize(
     ("features", "told", "expected"),
     [
-        ("fma avx512f avx512vl", "", "--xla_cpu_prefer_vector_width=512"),
-        ("fma avx512f", "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
-        ("fma avx512f", "--other=1", "--other=1 --xla_cpu_prefer_vector_width=512"),
-        ("fma avx2", "", ""),
+        ("fma avx512f avx512vl", "", {WIDTH: "512"}),
+        ("fma avx512f", f"--{WIDTH}=256", {}),
+        ("fma avx512f", "--other=1", {WIDTH: "512"}),
+        ("fma avx2", "", {}),
     ],
 )
 def test_vectors_are_as_wide_as_the_processor_has_them(monkeypatch, features, told, expected):
     """Unless the user settled it."""
     monkeypatch.setattr(module, "_features", lambda: set(features.split()))
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("XLA_FLAGS", told)
-    use_wide_vectors()
-    assert os.environ["XLA_FLAGS"] == expected
+    assert compiler_options() == expected
+
+
+ELEMENTARY = """
+acos asin asinh atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rem rsqrt sin sinh sqrt tan tanh
+"""
+
+
+@pytest.mark.skipif(not compiler_options(), reason="this processor has no wide vectors, or XLA was told how wide they are")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_wide_vectors_change_no_function(dtype):
+    """Every elementary function but the arctangent, of 250 numbers in (0, 1) together and one by one."""
+
+    def values(x):
+        one = jnp.ones_like(x)
+        return {
+            name: getattr(jax.lax, name)(x, one) if name in ("pow", "rem") else getattr(jax.lax, name)(x) for name in ELEMENTARY.split()
+        }
+
+    with jax.enable_x64(True):
+        numbers = jnp.linspace(0.02, 0.98, 250, dtype=dtype)
+        wide = jax.jit(values).lower(numbers).compile(compiler_options())(numbers)
+        singly = jax.jit(lambda numbers: jax.lax.map(values, numbers))(numbers)
+        for name in ELEMENTARY.split():
+            np.testing.assert_allclose(wide[name], singly[name], rtol=1e-4 if dtype == "float32" else 1e-9, atol=1e-6, err_msg=name)
+
+
+def test_an_arctangent_is_compiled_without_wide_vectors(monkeypatch):
+    """XLA's is wrong in them; other programs are compiled with them."""
+    asked, compile_it = [], jax.stages.Lowered.compile
+
+    def compile_and_tell(lowered, options):
+        asked.append(options)
+        return compile_it(lowered)
+
+    monkeypatch.setattr(module, "compiler_options", lambda: {WIDTH: "512"})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_tell)
+    for function in (jnp.arctan, lambda x: jnp.arctan2(x, 1.0), jnp.tanh):
+        compile_wide(jax.jit(function).lower(jnp.ones(8)))
+    assert asked == [None, None, {WIDTH: "512"}]
+
+
+def test_a_compiled_arctangent_is_right():
+    """Of many numbers at once, on whatever processor this is."""
+    numbers = jnp.linspace(-2, 2, 64)
+    compiled = compile_wide(jax.jit(jnp.arctan).lower(numbers))
+    np.testing.assert_allclose(compiled(numbers), np.arctan(np.asarray(numbers)), atol=1e-6)
