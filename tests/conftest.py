@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # Most of a test's time is compilation, which need not produce fast code here; slow tests, which compute for minutes, ask for fast code.
 if os.environ.get("KNIFE_JAX_FAST_CODE") != "1":
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 os.environ["KNIFE_JAX_CACHE"] = "off"  # no test may depend on what an earlier run left behind
 jax.config.update("jax_numpy_rank_promotion", "raise")
