@@ -12,7 +12,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 slow: $(STAMP)
-	KNIFE_JAX_FAST_CODE=1 $(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow and not computes"
+	KNIFE_JAX_FAST_CODE=1 $(BIN)/python -m pytest -n 2 -m "slow and computes"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Most of a test's time is compilation, which need not produce fast code here; slow tests, which compute for minutes, ask for fast code.
+# Most of a test's time is compilation, which need not produce fast code here; tests marked `computes` compute for minutes and want it fast.
 if os.environ.get("KNIFE_JAX_FAST_CODE") != "1":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 

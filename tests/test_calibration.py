@@ -10,7 +10,7 @@ from knife_jax import learner, make_program, results, runner
 from knife_jax.config import resolve
 from knife_jax.replay import Continuation, Sequences, Slot
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.computes]
 SEEDS = 5
 
 

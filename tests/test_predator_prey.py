@@ -458,6 +458,7 @@ def test_averages_of_the_reference():
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_averages_of_the_reference_over_many_episodes():
     """The same with an error of a quarter."""
     check_against_the_reference(32768)
