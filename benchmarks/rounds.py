@@ -1,11 +1,13 @@
 """Whole rounds of training of many seeds, compiled and ready to be timed."""
 
 import time
+from functools import partial
 from typing import Any
 
 import jax
 
 from knife_jax import RunnerState
+from knife_jax.compiled import seeds_mesh, specs
 from knife_jax.cores import compile_wide
 from knife_jax.groups import vmap_in_groups
 from knife_jax.program import Program
@@ -27,12 +29,17 @@ class Rounds:
         state: the run's state, which every chunk replaces in place; none before `begin`.
     """
 
-    def __init__(self, program: Program, seeds: int, group: int | None = None) -> None:
-        """Compiles; `group` is how many seeds are worked on at once, all if None."""
+    def __init__(self, program: Program, seeds: int, group: int | None = None, devices: int = 1) -> None:
+        """Compiles; `group` is how many seeds are worked on at once, all of a device if None; the seeds are split over so many devices."""
         self.program, self.seeds, self.state = program, seeds, None
         hyper, task, self._keys = program.config.hyper, jax.numpy.int32(0), seed_keys(seeds)
         begin = jax.vmap(lambda key: program.begin_task(program.init(key, hyper), task, hyper), out_axes=AXES)
-        rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, hyper), (AXES,), (AXES, 0), group or seeds)
+        group = group or seeds // devices
+        rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, hyper), (AXES,), (AXES, 0), group)
+        if devices > 1:
+            split = partial(jax.shard_map, mesh=seeds_mesh(devices), check_vma=False)
+            begin = split(begin, in_specs=specs(0), out_specs=specs(AXES))
+            rounds = split(rounds, in_specs=(specs(AXES),), out_specs=specs((AXES, 0)))
         wall, cpu = time.perf_counter(), time.process_time()
         start = jax.jit(begin)
         self._start = compile_wide(start.lower(self._keys))

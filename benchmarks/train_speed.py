@@ -4,6 +4,7 @@
     python -m benchmarks.train_speed --games smax/2s3z --mixers vdn qmix qplex --hidden 64 128 --seeds 1 8
     python -m benchmarks.train_speed --games predator_prey/wqmix --config '{preset: pymarl_qmix}'
     python -m benchmarks.train_speed --games smax/3m --peer ~/JaxMARL --cores 1
+    python -m benchmarks.train_speed --games smax/3m --seeds 2 --devices 2    # each core a device, with its share of the seeds
     python -m benchmarks.train_speed --quick
 
 A round collects, stores and makes gradient steps, as in `make_train`; rounds are timed once learning has begun, those of all games of a
@@ -31,6 +32,7 @@ from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_p
 from benchmarks.rounds import Rounds
 from knife_jax import Config, make_program
 from knife_jax.config import parse_yaml
+from knife_jax.cores import spread_over_cores
 
 GAMES = ("smax/3m", "jaxmarl/3m", "smax/2s3z", "jaxmarl/2s3z", "predator_prey/wqmix")
 QUICK = ("smax/3m", "jaxmarl/3m")
@@ -60,12 +62,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, and three repeats")
     parser.add_argument("--peer", type=Path, help="a checkout of JaxMARL's repository, whose QMIX script is timed against ours")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
+    parser.add_argument("--devices", type=int, help="make so many devices of the processor and split the seeds over them")
     add_output(parser)
     settings = parser.parse_args()
     settings.games = settings.games or (QUICK if settings.quick or settings.peer else GAMES)
     settings.repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
     if settings.peer and (settings.mixers != ["qmix"] or not all(game.startswith(("smax/", "jaxmarl/")) for game in settings.games)):
         sys.exit("--peer: JaxMARL's script is QMIX, and is timed on its SMAX scenarios; leave --mixers out, and give games as smax/3m")
+    if settings.devices and (settings.peer or any(seeds % settings.devices for seeds in settings.seeds)):
+        sys.exit("--devices: not with --peer, and every number of seeds must be a multiple of it")
     if settings.peer and settings.rounds >= WARM_UP:
         sys.exit(f"--rounds: at most {WARM_UP - 1} with --peer, so that a call of rounds that only collect comes before learning")
     return settings
@@ -91,12 +96,14 @@ def measured(settings: argparse.Namespace, mixer: str, hidden: int, seeds: int) 
     compiled = {}
     for game in settings.games:
         chosen = {"env": section(game), "learner": {"mixer": mixer}, "agent": {"hidden_size": hidden}}
-        compiled[game] = Rounds(make_program(with_rounds(base, chosen, settings.rounds)), seeds)
+        compiled[game] = Rounds(make_program(with_rounds(base, chosen, settings.rounds)), seeds, devices=settings.devices or 1)
         compiled[game].begin_learning()
     timed = interleaved({game: lambda _, rounds=rounds: rounds.advance() for game, rounds in compiled.items()}, settings.repeats)
     rows: list[Row] = []
     for game, rounds in compiled.items():
         row: Row = {"game": game, "mixer": mixer, "hidden": hidden, "seeds": seeds, "cores": settings.cores or "all"}
+        if settings.devices:
+            row["devices"] = settings.devices
         for name, count in (("env_steps", rounds.env_steps), ("gradient_steps", rounds.updates)):
             row |= {f"{name}_per_s_{kind}": significant(count / getattr(timed[game], kind)) for kind in ("cpu", "wall")}
         row |= {"compile_cpu_s": round(rounds.compile_cpu, 1), "compile_wall_s": round(rounds.compile_wall, 1)}
@@ -175,6 +182,8 @@ def main() -> None:
     """Prints a JSON line per row; writes and draws them where asked."""
     settings = arguments()
     use_processor(settings.cores)
+    if settings.devices:
+        spread_over_cores(settings.devices)
     refuse_existing(settings.out, settings.plot)
     jax.config.update("jax_enable_compilation_cache", False)
     rows: list[Row] = []

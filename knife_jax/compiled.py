@@ -66,7 +66,7 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
         function: Callable[..., Any], ins: tuple[Any, ...], outs: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = ()
     ) -> Any:
         mapped = jax.vmap(function, in_axes=ins, out_axes=outs)
-        spread = jax.shard_map(mapped, mesh=mesh, in_specs=_specs(ins), out_specs=_specs(outs), check_vma=False)
+        spread = jax.shard_map(mapped, mesh=mesh, in_specs=specs(ins), out_specs=specs(outs), check_vma=False)
         return jax.jit(spread, donate_argnums=donated).lower(*arguments)
 
     def shapes(lowered: Any, outs: Any) -> Any:
@@ -89,16 +89,16 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     return Compiled(pieces, carry, placed, *(compile_wide(lowered) for lowered in (init, begin, advance, finish)))
 
 
-def _specs(axes: Any) -> Any:
+def specs(axes: Any) -> Any:
     """How `vmap`'s axes are split over devices: the seeds' axis is, and what has none is the same everywhere."""
     return jax.tree.map(lambda axis: PartitionSpec() if axis is None else PartitionSpec(SEEDS), axes, is_leaf=lambda axis: axis is None)
 
 
 def _placed(shapes: Any, axes: Any, mesh: Mesh) -> Any:
     """The shapes of arrays with their places on the devices."""
-    specs = jax.tree.broadcast(_specs(axes), shapes, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    placements = jax.tree.broadcast(specs(axes), shapes, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
 
     def place(shape: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, shapes, specs)
+    return jax.tree.map(place, shapes, placements)
