@@ -14,7 +14,7 @@ WIDTH = "xla_cpu_prefer_vector_width"
 def compile_wide(lowered: Lowered) -> Compiled:
     """Compiles with `compiler_options()`; a program with an arctangent without them.
 
-    XLA's arctangent is wrong in vectors of 512 bits (jax 0.10.2): its function of 16 numbers is called as if it took and gave 8.
+    XLA's arctangent is wrong in vectors of 512 bits (jax 0.10.2): of 16 numbers it gives eight zeros and eight of other numbers' values.
 
     Args:
         lowered: what `jax.jit(function).lower(...)` gives.
