@@ -15,6 +15,7 @@ from knife_jax.plasticity.regularisers import l2_init
 from tests.composites import stack_graph, stacked
 from tests.test_cures_in_training import ALWAYS, SMALL, VDN, primed
 from tests.test_knife import moved, same_bits, small
+from tests.test_knife_gru import BATCH, INPUTS, STARTS, TEAM, TIME, memory, moved_network, naive, unroller
 from tests.test_knife_mixing import data, net
 
 HALF_LIFE = 5.0
@@ -134,6 +135,26 @@ def test_the_mixing_layer_fades_alike():
     _, trees, said = jax.jit(lambda key, *args: made.method.apply(key, *args, made.tx))(jax.random.key(1), old, Trees(later))
     assert (said["mixer/mixing/released"], said["mixer/mixing/reserve_in_use"]) == (4, 4)
     assert trees.variables["reserve"]["mixer/mixing"]["used"].sum() == 4
+
+
+def test_recurrent_units_fade_where_others_read_them_and_keep_their_memory():
+    """Against K, A and C written out with rows of f times what they were, over whole sequences; after many half-lives live units alone."""
+    with jax.enable_x64(True):
+        method, variables = moved_network(when_full="skip", release_updates=HALF_LIFE)
+        views = jnp.asarray(np.random.default_rng(5).normal(size=(TIME, BATCH, TEAM, INPUTS)))
+        run = jax.jit(lambda variables: unroller(method)(variables, views, STARTS, memory(method, BATCH, TEAM))[0])
+        written_out = jax.jit(lambda reserve: naive(variables["params"]["agent"], reserve, views, STARTS)[0])
+        values = {}
+        for steps in (0, 4, 200):
+            share = 0.5 ** (steps / HALF_LIFE)
+            scaled = dict(variables["reserve"])
+            for name in ("agent/gru", "agent/output"):
+                scaled[name] = scaled[name] | {"rows": share * scaled[name]["rows"]}
+            assert scaled["agent/gru"]["rows"].shape[0] == scaled["agent/output"]["rows"].shape[0] > 0
+            values[steps] = run(faded(method, variables, steps))
+            np.testing.assert_allclose(values[steps], written_out(scaled), rtol=1e-8, atol=1e-11)
+        assert jnp.abs(values[4] - values[0]).max() > 0.01
+        np.testing.assert_allclose(values[200], run(live_alone(variables)), atol=1e-9)
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def knife(
 
     Raises:
         ValueError: for layers that cannot carry composites, a reserve that is not positive or must run out, a fraction outside (0, 1], or a
-            release of recurrent units or of shared outgoing weights.
+            release of shared outgoing weights.
 
     References:
         Stagnant Neuron (arXiv 2606.25335). What it leaves open was decided here; every choice is an option.
@@ -139,7 +139,7 @@ def knife(
     _check_options(threshold, composite, max_fraction, reference, window_decay, optimizer_state, when_full, into_frozen)
     pairs = reserve_size(chosen, reserve, max_fraction, interventions, when_full)
     parts = Parts(into_frozen=into_frozen == "drawn")
-    releasing.check(chosen, release_updates, composite)
+    releasing.check(release_updates, composite)
     options = (composite, max_fraction, reference, window_decay, optimizer_state, when_full or "skip", dead_units, repeat, parts)
     name, changes = _change
     check_choice("select", select, get_args(Select))

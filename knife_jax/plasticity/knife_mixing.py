@@ -106,7 +106,7 @@ def knife_mixing(
     check_choice("optimizer_state", optimizer_state, get_args(Treatment))
     check_choice("when_full", when_full or "skip", ("skip",))
     alone, layer = graph.mixing_alone, graph.mixing
-    releasing.check(alone, release_updates)
+    releasing.check(release_updates)
     slots = math.ceil(reserve_size(alone, reserve, max_fraction, interventions, when_full) * layer.size - 1e-9)
     settings = _Settings(threshold, choose, max_fraction, reference, centred, optimizer_state, release_updates)
     return method(
