@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from knife_jax import cores as module
-from knife_jax.cores import FLAG, WIDTH, compile_wide, compiler_options, cores
+from knife_jax.cores import EMITTERS, FLAG, LEVEL, WIDTH, compile_quickly, compile_wide, compiler_options, cores
 
 CASES = {
     "asked for": ("spread_over_cores(3)", {}, 3),
@@ -75,16 +75,37 @@ def test_wide_vectors_change_no_function(dtype):
             np.testing.assert_allclose(wide[name], singly[name], rtol=1e-4 if dtype == "float32" else 1e-9, atol=1e-6, err_msg=name)
 
 
-def test_an_arctangent_is_compiled_without_wide_vectors(monkeypatch):
-    """XLA's is wrong in them; other programs are compiled with them."""
-    asked, compile_it = [], jax.stages.Lowered.compile
+@pytest.fixture
+def asked(monkeypatch):
+    """The options that XLA is given, program by program, on a processor with wide vectors."""
+    given, compile_it = [], jax.stages.Lowered.compile
 
     def compile_and_tell(lowered, options):
-        asked.append(options)
+        given.append(options)
         return compile_it(lowered)
 
     monkeypatch.setattr(module, "compiler_options", lambda: {WIDTH: "512"})
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_tell)
+    return given
+
+
+def test_an_arctangent_is_compiled_without_wide_vectors(asked):
+    """XLA's is wrong in them; other programs are compiled with them."""
     for function in (jnp.arctan, lambda x: jnp.arctan2(x, 1.0), jnp.tanh):
         compile_wide(jax.jit(function).lower(jnp.ones(8)))
     assert asked == [None, None, {WIDTH: "512"}]
+
+
+def test_what_runs_once_is_compiled_quickly(asked, monkeypatch):
+    """With less optimizing, and for the rest like everything else; what the user said of it stays."""
+    arctan, tanh = (jax.jit(function).lower(jnp.ones(8)) for function in (jnp.arctan, jnp.tanh))
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for lowered in (arctan, tanh):
+        compile_quickly(lowered)
+    monkeypatch.setenv("XLA_FLAGS", f"--{LEVEL}=0")
+    compile_quickly(tanh)
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    compile_quickly(arctan)
+    less = {LEVEL: 1, EMITTERS: False}
+    assert asked == [less, {WIDTH: "512", **less}, {WIDTH: "512", EMITTERS: False}, None]
