@@ -326,7 +326,7 @@ class Handmade(nn.Module):
         """Values."""
         kernel = self.param("hidden_kernel", nn.initializers.normal(), (SIZE, 3, SIZE))
         bias = self.param("hidden_bias", nn.initializers.normal(), (3, SIZE))
-        gates = GateProjection(SIZE, name="input")(inputs) + bias.reshape(1, -1)
+        gates = GateProjection(SIZE, name="input")(inputs).joint() + bias.reshape(1, -1)
         return Dense(ACTIONS, name="output")(gates[..., :SIZE] @ kernel[:, 0])
 
 

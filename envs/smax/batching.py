@@ -16,17 +16,18 @@ from jaxtyping import Array
 from envs.apart import apart
 
 
-def batch_last(function: Callable[..., Any]) -> Callable[..., Any]:
+def batch_last(function: Callable[..., Any], is_apart: bool = False) -> Callable[..., Any]:
     """The single-environment view of a function of whole batches.
 
     Args:
         function: takes pytrees of arrays `[..., B]`, and as its last argument parameters `[..., B]` or, if the whole batch shares them,
             `[..., 1]`; returns pytrees of arrays `[..., B]`.
+        is_apart: whether it keeps what it computes from being fused into others by itself; otherwise it is compiled `apart`.
 
     Returns:
         The same function of pytrees without the batch axis. Under any number of `vmap`s it runs `function` once, on all of them.
     """
-    settled = apart(function)
+    settled = function if is_apart else apart(function)
 
     @custom_vmap
     def many(*args: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from envs.apart import apart
 from envs.base import Actions, Environment, Flag, Observation, Outcome, Scalar
 from envs.smax import engine, views
 from envs.smax.batching import batch_last
@@ -195,7 +196,8 @@ class _Batched(NamedTuple):
 @functools.lru_cache(maxsize=128)
 def batched(env: Smax) -> _Batched:
     """The functions of one environment, made once, so that equal environments share what is traced and compiled."""
-    return _Batched(*(batch_last(functools.partial(function, env)) for function in (_start, _step, _step_or_start, _step_all, _observe)))
+    own = [functools.partial(function, env) for function in (_start, _step, _step_or_start, _step_all)]
+    return _Batched(*map(batch_last, own), observe=batch_last(functools.partial(_observe, env), is_apart=True))
 
 
 def _start(env: Smax, bits: UInt32[Array, "D B"], params: SmaxParams) -> SmaxState:
@@ -250,12 +252,18 @@ def advance(
 
 def _observe(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
     """The allies' views (for a conic one what `_placed` takes), the world state, the action masks."""
+    agents, state, mask = apart(functools.partial(_parts, env))(record, params)
+    return agents if env.observation_type == "conic" else apart(views.unit_list)(agents), state, mask
+
+
+def _parts(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
+    """What the allies' views are made of, the world state, the action masks."""
     seen = views.see(record, params, env.num_agents)
     pairs = views.pairs_of(seen, env.num_agents)
     if env.observation_type == "conic":
         agents = (*views.sectors(seen, pairs, params, env.num_agents, env.legacy), views.own_features(seen, env.map_size)[: env.num_agents])
     else:
-        agents = views.unit_list(seen, pairs, params, env.num_agents, env.map_size)
+        agents = views.listed(seen, pairs, params, env.num_agents, env.map_size)
     state = views.world_state(seen, env.num_agents, env.map_size, env.legacy)
     return agents, state, views.action_mask(seen, pairs, env.num_agents)
 

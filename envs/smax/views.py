@@ -78,29 +78,55 @@ def in_sight(seen: Seen, pairs: Pairs, num_allies: int) -> Bool[Array, "A N B"]:
     return near & seen.alive[:num_allies, None] & seen.alive[None]
 
 
-def unit_list(seen: Seen, pairs: Pairs, params: SmaxParams, num_allies: int, map_size: tuple[float, float]) -> Float[Array, "A D B"]:
+class Listed(NamedTuple):
+    """What lists of units are made of, see `unit_list`.
+
+    Attributes:
+        features: of every unit, with positions as they are; the last unit stands there twice.
+        shown: whether each ally sees the other units, in the order of its list; 0 in the last place, which is its own.
+        own: each ally's own features, and zeros after them.
+        scale: one over each ally's range of sight.
+    """
+
+    features: Float[Array, "N+1 F B"]
+    shown: Float[Array, "A N B"]
+    own: Float[Array, "A F B"]
+    scale: Float[Array, "A B"]
+
+
+def listed(seen: Seen, pairs: Pairs, params: SmaxParams, num_allies: int, map_size: tuple[float, float]) -> Listed:
+    """Gathers what `unit_list` puts together."""
+    features = [jnp.concatenate([feature, feature[-1:]]) for feature in _features(seen, params, num_allies)]
+    visible = in_sight(seen, pairs, num_allies)
+    shown = jnp.where(_comes_before(num_allies, seen.x.shape[0])[:, :-1], visible[:, :-1], visible[:, 1:]).astype(jnp.float32)
+    own = jnp.pad(own_features(seen, map_size)[:num_allies], ((0, 0), (0, UNIT_FEATURES - OWN_FEATURES), (0, 0)))
+    scale = jnp.broadcast_to(1.0 / seen.statistics.sight_range[:num_allies], own.shape[::2])
+    return Listed(jnp.stack(features, axis=1), jnp.pad(shown, ((0, 0), (0, 1), (0, 0))), own, scale)
+
+
+def unit_list(parts: Listed) -> Float[Array, "A D B"]:
     """Every ally's list of the other units, allies first, then its own features; D = F (N - 1) + 4 + K.
 
     Features of another unit, all 0 if it is not in sight: health, relative position over the range of sight (x, y), last move (x, y), last
     attack over the largest action, cooldown, type. For its own see `own_features`.
 
-    All is one expression over `[A, N, F, B]`, whose last unit stands for the observer itself: a concatenation would break XLA's loop over
-    the batch on processors.
+    All is one expression over `[A, N, F, B]`, whose last unit stands for the observer itself. On processors XLA's loop over the batch is
+    fast only if nothing is concatenated in it and little is computed for every feature anew: `parts` must be made apart.
     """
-    num_units, size = seen.x.shape
-    features = jnp.stack(_features(seen, params, num_allies), axis=1)
-    repeated = jnp.concatenate([features, features[-1:]])
-    visible = in_sight(seen, pairs, num_allies).astype(jnp.float32)
-    visible = jnp.concatenate([visible, visible[:, -1:]], axis=1)
-    before = (jnp.arange(num_units)[None] < jnp.arange(num_allies)[:, None])[..., None]
-    other = jnp.where(before[..., None], repeated[None, :-1], repeated[None, 1:])
-    shown = jnp.where(before, visible[:, :-1], visible[:, 1:])
-    origin, scale = _frames(seen, num_allies)
-    views = shown[:, :, None] * ((other - origin[:, None]) * scale[:, None])
-    own = jnp.pad(own_features(seen, map_size)[:num_allies], ((0, 0), (0, UNIT_FEATURES - OWN_FEATURES), (0, 0)))
-    is_last = (jnp.arange(num_units) == num_units - 1)[None, :, None, None]
-    views = jnp.where(is_last, own[:, None], views).reshape(num_allies, num_units * UNIT_FEATURES, size)
+    features, shown, own, scale = parts
+    num_allies, num_units, size = shown.shape
+    other = jnp.where(_comes_before(num_allies, num_units)[..., None], features[None, :-1], features[None, 1:])
+    feature = jnp.arange(UNIT_FEATURES)
+    is_position = ((feature == 1) | (feature == 2))[None, None, :, None]
+    relative = jnp.where(is_position, (other - features[:num_allies, None]) * scale[:, None, None], other)
+    is_own = (jnp.arange(num_units) == num_units - 1)[None, :, None, None]
+    views = jnp.where(is_own, own[:, None], shown[:, :, None] * relative).reshape(num_allies, num_units * UNIT_FEATURES, size)
     return views[:, : (num_units - 1) * UNIT_FEATURES + OWN_FEATURES]
+
+
+def _comes_before(num_allies: int, num_units: int) -> Bool[Array, "A N 1"]:
+    """Whether a unit comes before an ally, whose list it is: those after it are one place further ahead."""
+    return (jnp.arange(num_units)[None] < jnp.arange(num_allies)[:, None])[..., None]
 
 
 def _frames(seen: Seen, num_allies: int) -> tuple[Float[Array, "A F B"], Float[Array, "A F B"]]:

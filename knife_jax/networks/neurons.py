@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from knife_jax.networks.recurrence import recur
+from knife_jax.networks.recurrence import Projected, recur
 
 Path = tuple[str, ...]
 
@@ -152,25 +152,26 @@ class Dense(nn.Module):
 
 
 class GateProjection(nn.Module):
-    """A GRU's projection of its input for all three gates at once, `[..., I]` to `[..., 3 H]`; its kernel is `[I, 3, H]`."""
+    """A GRU's projection of its input for all three gates, `[..., I]` to `[..., H]` each; its kernel is `[I, 3, H]`."""
 
     units: int
     initializer: Initializer = Initializer()
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "... I"]) -> Float[Array, "... G"]:
-        """Applies the layer."""
+    def __call__(self, inputs: Float[Array, "... I"]) -> Projected:
+        """Applies the layer, but for its bias."""
         size, units = inputs.shape[-1], self.units
         kernel = self.param("kernel", self.initializer.gates, (size, 3, units), units, False)
         bias = self.param("bias", self.initializer.bias, (3, units), units)
-        return affine(inputs, kernel.reshape(size, -1), bias.reshape(-1))
+        reset, update, candidate = (inputs.reshape(-1, size) @ kernel[:, gate] for gate in range(3))
+        return Projected((reset, update, candidate), bias.reshape(-1)).reshape(*inputs.shape[:-1], units)
 
 
 class GRU(nn.Module):
     """A gated recurrent layer with PyTorch's equations, scanned over time.
 
     `r = s(W_r x + b_r + U_r h + c_r)`, `z` alike, `n = tanh(W_n x + b_n + r (U_n h + c_n))`, `h' = (1 - z) n + z h`. What depends on the
-    input alone is one matrix product for all steps outside the scan; inside it there is one product for the three gates.
+    input alone is a matrix product for all steps outside the scan; inside it there is one product for the three gates.
     """
 
     units: int
@@ -198,15 +199,15 @@ class GRU(nn.Module):
 
     def unroll(
         self,
-        projected: Float[Array, "T *N G"],
+        projected: Projected,
         starts: Bool[Array, "T *N"],
         hidden: Float[Array, "*N S"],
         hidden_kernel: Float[Array, "units 3 units"],
         hidden_bias: Float[Array, "3 units"],
     ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N S"]]:
         """The way through time from what the inputs give to the gates; apart from the rest, so that it can be intercepted."""
-        length, units = projected.shape[0], self.units
-        steps, begins, first = projected.reshape(length, -1, 3 * units), starts.reshape(length, -1), hidden.reshape(-1, units)
+        length, units = starts.shape[0], self.units
+        steps, begins, first = projected.reshape(length, -1, units), starts.reshape(length, -1), hidden.reshape(-1, units)
         states = recur(steps, begins, first, hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)).reshape(length, *hidden.shape)
         return states, states[-1]
 

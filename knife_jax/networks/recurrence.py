@@ -1,14 +1,16 @@
 """Gated recurrent units over time: the equations, and their gradient written out.
 
-What depends on the inputs alone is one product for all steps before the scan, and the gradient of the recurrent kernel is made of products
-for all steps after it; inside, forward and backward, a step is the product with the state and what belongs to single units.
-Forward, what the inputs give to the gates r, z and n travels in three arrays: slices of a joint one inside the loop keep XLA from
-vectorising it on processors. Backward, a step puts together what goes back to them, which spares a pass through memory.
+What depends on the inputs alone is one product for all steps of each gate before the scan, and the gradients of the kernels are made of
+products for all steps after it; inside, forward and backward, a step is the product with the state and what belongs to single units.
+What the inputs give to the gates r, z and n, and what goes back to them, travels in an array for each: slices of a joint one inside the
+loop keep XLA from vectorising it on processors, and outside of it they are passes through memory. For the same reason their bias is
+added inside.
 
 Shapes: T steps, *N any batch axes, H units.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,33 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 Gates = tuple[Array, Array, Array]
+
+
+class Projected(NamedTuple):
+    """What inputs give to the gates r, z and n.
+
+    Attributes:
+        gates: without the bias, `[..., H]` each.
+        bias: what is to be added, `[3 H]`.
+    """
+
+    gates: Gates
+    bias: Float[Array, " G"]
+
+    def joint(self) -> Float[Array, "... G"]:
+        """With the bias, the gates one after another on the last axis."""
+        joint = jnp.concatenate(self.gates, axis=-1)
+        return joint + self.bias.reshape((1,) * (joint.ndim - 1) + self.bias.shape)
+
+    def reshape(self, *shape: int) -> "Projected":
+        """Every gate in another shape."""
+        reset, update, candidate = (gate.reshape(shape) for gate in self.gates)
+        return Projected((reset, update, candidate), self.bias)
+
+
+def projected_from(joint: Float[Array, "... G"]) -> Projected:
+    """The parts of what already has its bias."""
+    return Projected(_by_gate(joint), jnp.zeros_like(joint, shape=joint.shape[-1:]))
 
 
 def unroll_gates(
@@ -46,55 +75,53 @@ def unroll_gates(
 
 @jax.custom_vjp
 def recur(
-    projected: Float[Array, "T N G"],
-    starts: Bool[Array, "T N"],
-    hidden: Float[Array, "N H"],
-    kernel: Float[Array, "H G"],
-    bias: Float[Array, " G"],
+    projected: Projected, starts: Bool[Array, "T N"], hidden: Float[Array, "N H"], kernel: Float[Array, "H G"], bias: Float[Array, " G"]
 ) -> Float[Array, "T N H"]:
     """The states of a plain GRU after every step, `unroll_gates` with `state @ kernel + bias`, with a gradient of its own.
 
     Args:
-        projected: what the inputs give to the gates r, z and n, one after another on the last axis.
+        projected: what the inputs give to the gates, `[T, N, H]` each.
         starts: where the state is zero before the step.
         hidden: the state before the first step.
-        kernel: the recurrent weights of the three gates.
+        kernel: the recurrent weights of the three gates r, z and n, one after another on the last axis.
         bias: their biases.
     """
     return _forward(projected, starts, hidden, kernel, bias)[0]
 
 
-def _forward(projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, Gates, Array]:
+def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, Gates, Array]:
     """States, gates and what the state gave to the candidate, all `[T, N, H]`.
 
     A gate takes the place of what the inputs gave to it, which saves a pass through memory that makes room for it.
     """
+    of_inputs = _by_gate(projected.bias[None])
 
     def one_step(carry: tuple[Array, Gates], step: tuple[Array, Array]) -> tuple[tuple[Array, Gates], tuple[Array, Array]]:
         state, (reset, update, candidate) = carry
         index, start = step
 
-        def at(gate: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(gate, index, keepdims=False)
+        def at(gate: Array, bias: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(gate, index, keepdims=False) + bias
 
         def put(gate: Array, values: Array) -> Array:
             return jax.lax.dynamic_update_index_in_dim(gate, values, index, 0)
 
         state = jnp.where(start[:, None], 0.0, state)
-        r, z, n, recalled = _gates((at(reset), at(update), at(candidate)), _by_gate(state @ kernel + bias[None]))
+        given = at(reset, of_inputs[0]), at(update, of_inputs[1]), at(candidate, of_inputs[2])
+        r, z, n, recalled = _gates(given, _by_gate(state @ kernel + bias[None]))
         state = (1 - z) * n + z * state
         return (state, (put(reset, r), put(update, z), put(candidate, n))), (state, recalled)
 
-    (_, gates), (states, recalled) = jax.lax.scan(one_step, (hidden, _by_gate(projected)), (jnp.arange(starts.shape[0]), starts))
+    (_, gates), (states, recalled) = jax.lax.scan(one_step, (hidden, projected.gates), (jnp.arange(starts.shape[0]), starts))
     return states, gates, recalled
 
 
-def _saved(projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _saved(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
     states, gates, recalled = _forward(projected, starts, hidden, kernel, bias)
     return states, (states, *gates, recalled, starts, hidden, kernel)
 
 
-def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Array | None, ...]:
+def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Projected, None, Array, Array, Array]:
     states, reset, update, candidate, recalled, starts, hidden, kernel = saved
     size = kernel.shape[0]
     before = jnp.where(starts[..., None], 0.0, jnp.concatenate([hidden[None], states[:-1]]))
@@ -108,14 +135,15 @@ def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Array | None
         to_m = to_n * r
         to_r = to_m * m * (1 - r)
         earlier = total * z + to_r @ to_state[0].T + to_z @ to_state[1].T + to_m @ to_state[2].T
-        return jnp.where(start[:, None], 0.0, earlier), (jnp.concatenate([to_r, to_z, to_n], axis=-1), to_m)
+        return jnp.where(start[:, None], 0.0, earlier), (to_r, to_z, to_n, to_m)
 
     steps = (cotangents, reset, update, candidate, recalled, before, starts)
-    first, (to_projected, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), steps, reverse=True)
-    from_state = to_projected.reshape(-1, 3 * size)[:, : 2 * size], to_m.reshape(-1, size)
-    to_kernel = jnp.concatenate([before.reshape(-1, size).T @ gates for gates in from_state], axis=-1)
-    to_bias = jnp.concatenate([gates.sum(axis=0) for gates in from_state])
-    return to_projected, None, first, to_kernel, to_bias
+    first, (to_r, to_z, to_n, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), steps, reverse=True)
+    sum_r, sum_z, sum_n, sum_m = (gate.reshape(-1, size).sum(axis=0) for gate in (to_r, to_z, to_n, to_m))
+    read = before.reshape(-1, size).T
+    to_kernel = jnp.concatenate([read @ gate.reshape(-1, size) for gate in (to_r, to_z, to_m)], axis=-1)
+    to_projected = Projected((to_r, to_z, to_n), jnp.concatenate([sum_r, sum_z, sum_n]))
+    return to_projected, None, first, to_kernel, jnp.concatenate([sum_r, sum_z, sum_m])
 
 
 recur.defvjp(_saved, _backward)

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array
 
 from knife_jax.networks.neurons import Path
-from knife_jax.plasticity.lift import AFFINE
+from knife_jax.plasticity.lift import AFFINE, as_given, one_array
 
 POINTS = np.linspace(-8.0, 8.0, 257)
 """Pre-activations at which activations are compared."""
@@ -164,9 +164,10 @@ def _mark(calls: list[Call], token: str, call: Any, args: tuple[Any, ...], kwarg
     stack = getattr(module, "stack", None)
     noted = Call(module.path, (stack,) if stack else (), getattr(module, "stacked_input", False), args[0].shape, ())
     calls.append(noted)
-    outputs = call(checkpoint_name(args[0], f"{token} in {number}"), *args[1:], **kwargs)
+    given = call(checkpoint_name(args[0], f"{token} in {number}"), *args[1:], **kwargs)
+    outputs = one_array(given)
     calls[number] = noted._replace(outputs=outputs.shape)
-    return checkpoint_name(outputs, f"{token} out {number}")
+    return as_given(checkpoint_name(outputs, f"{token} out {number}"), given)
 
 
 class _Walk:

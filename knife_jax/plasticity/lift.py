@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from knife_jax.networks.neurons import GRU, Dense, GateProjection
-from knife_jax.networks.recurrence import unroll_gates
+from knife_jax.networks.recurrence import Projected, projected_from, unroll_gates
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
 from knife_jax.plasticity.mixing import MixingCall
@@ -111,10 +111,11 @@ class _Call:
             inputs, added = self._enter(module.source, inputs)
         if self.mixing is not None and is_head:
             inputs = self.mixing.enter(path, inputs)
-        outputs = call(inputs, *args[1:], **kwargs)
+        given = call(inputs, *args[1:], **kwargs)
         weights = self.weights.get(path)
         if module is None or weights is None:
-            return outputs
+            return given
+        outputs = one_array(given)
         if weights.rows is not None and added is not None:
             outputs = outputs + _over_stack(jnp.matmul, module, (True,))(added, weights.rows)
         if module.target and weights.knowledge is not None:
@@ -122,9 +123,9 @@ class _Call:
             function = _over_stack(frozen.frozen_units, module, (getattr(context.module, "stacked_input", False), True))
             made = self.projected if module.target.kind == "gru" else self.made
             made[module.target.name] = function(read, outputs, weights)
-        return outputs
+        return as_given(outputs, given)
 
-    def _unroll(self, module: Module, call: Apply, projected: Array, starts: Array, hidden: Array, kernel: Array, bias: Array) -> Any:
+    def _unroll(self, module: Module, call: Apply, projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> Any:
         """A GRU's way through time, with the states of K and C beside those of the live units."""
         layer, weights = module.target, self.weights.get(module.path)
         block = frozen.links_of(self.reserve, layer) if layer else None
@@ -136,7 +137,7 @@ class _Call:
         weights = weights._replace(kernel=kernel.reshape(layer.size, -1))
         read = partial(frozen.read_states, bias=bias.reshape(-1), weights=weights, block=block)
         knowledge, compensation = self.projected[layer.name]
-        states, last = unroll_gates(read, frozen.join_gates(projected, knowledge, compensation), starts, hidden)
+        states, last = unroll_gates(read, frozen.join_gates(projected.joint(), knowledge, compensation), starts, hidden)
         live, knowledge, compensation = frozen.split_states(states, layer.size)
         self.made[layer.name] = knowledge, compensation
         return live, last
@@ -169,6 +170,16 @@ class _Call:
 
     def _has_rows(self, layer: NeuronLayer) -> bool:
         return any("rows" in self.reserve.get("/".join(kernel[:-1]), {}) for kernel in layer.outgoing)
+
+
+def one_array(outputs: Array | Projected) -> Array:
+    """What a module of `AFFINE` gives, as one array."""
+    return outputs.joint() if isinstance(outputs, Projected) else outputs
+
+
+def as_given(array: Array, outputs: Array | Projected) -> Array | Projected:
+    """One array in the form that a module gave."""
+    return projected_from(array) if isinstance(outputs, Projected) else array
 
 
 def _identity(states: Array) -> Array:
