@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.measure import count_flops
 from knife_jax import Config, learner, replay
-from knife_jax.cores import compile_wide
+from knife_jax.cores import compile_training
 from knife_jax.plasticity.graph import Graph
 from knife_jax.plasticity.knife import knife
 from knife_jax.plasticity.method import Method, method
@@ -93,7 +93,7 @@ def prepare(game: str, case: Case) -> Prepared:
     hyper, key = config.hyper, jax.random.key(0)
     state = jax.jit(lambda key: program.begin_task(program.init(key, hyper), jnp.int32(0), hyper))(key)
     started = time.process_time()
-    run = compile_wide(jax.jit(lambda state: program.train_rounds(state, jnp.int32(0), hyper)[0]).lower(state))
+    run = compile_training(jax.jit(lambda state: program.train_rounds(state, jnp.int32(0), hyper)[0]).lower(state))
     compiled_in = time.process_time() - started
     while int(state.counters.updates) == 0:
         state = run(state)

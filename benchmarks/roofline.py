@@ -27,7 +27,7 @@ from benchmarks.light import make_light, repeated
 from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, significant
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from knife_jax import Config, collect, learner, make_program, replay
-from knife_jax.cores import compile_wide
+from knife_jax.cores import compile_training, compile_wide
 from knife_jax.program import Program
 
 GAMES = ("smax/3m", "smax/2s3z", "predator_prey/wqmix")
@@ -135,7 +135,9 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     flops = count_flops(jax.make_jaxpr(step)(learned, jnp.int32(0), stored, keys[0]).jaxpr)
     inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / 2)), 16)
     networks, data = make_light(keys[1], learned.params, program.plan.sequence_slots, settings.batch_size, program.networks.env.num_agents)
-    steps = compile_wide(jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0]))
+    steps = compile_training(
+        jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0])
+    )
     bare = jax.jit(lambda networks, data: repeated(inside, networks, data))
     light = compile_wide(bare.lower(networks, data))
     light_flops = _whole(jax.make_jaxpr(bare)(networks, data).jaxpr, light, inside, flops, f"{game}, {mixer}, hidden size {hidden}")

@@ -8,7 +8,7 @@ import jax
 
 from knife_jax import RunnerState
 from knife_jax.compiled import seeds_mesh, specs
-from knife_jax.cores import compile_quickly, compile_wide
+from knife_jax.cores import compile_quickly, compile_training
 from knife_jax.groups import vmap_in_groups
 from knife_jax.program import Program
 from knife_jax.replay import ReplayState
@@ -43,7 +43,7 @@ class Rounds:
         wall, cpu = time.perf_counter(), time.process_time()
         start = jax.jit(begin)
         self._start = compile_quickly(start.lower(self._keys))
-        self._advance = compile_wide(jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys)))
+        self._advance = compile_training(jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys)))
         self.compile_wall, self.compile_cpu = time.perf_counter() - wall, time.process_time() - cpu
 
     @property

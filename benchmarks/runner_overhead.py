@@ -26,7 +26,7 @@ from benchmarks.report import Row, add_output, refuse_existing, say, use_process
 from knife_jax import Config, make_train, runner
 from knife_jax.chunks import Pieces
 from knife_jax.compiled import compile_pieces, seeds_mesh
-from knife_jax.cores import compile_wide
+from knife_jax.cores import compile_training
 from knife_jax.loop import Batch, Loop, Status
 from knife_jax.program import make_program
 from knife_jax.rows import LogFiles
@@ -60,7 +60,7 @@ def configuration(settings: argparse.Namespace, env_steps: int) -> Config:
 def chunks_row(config: Config, seeds: int, repeats: int) -> Row:
     """The single program and the host's loop, in turn."""
     keys = runner.seed_keys(seeds)
-    single = compile_wide(jax.jit(jax.vmap(make_train(config))).lower(keys))
+    single = compile_training(jax.jit(jax.vmap(make_train(config))).lower(keys))
     compiled = compile_pieces(Pieces(make_program(config)), keys, {}, seeds_mesh(1))
     programs: dict[str, Callable[[int], Any]] = {
         "single": lambda _: jax.device_get(single(keys)),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from envs.apart import apart_under_vmap
 from envs.base import Actions, Environment, Observation, Outcome, Scalar
 from envs.predator_prey_types import PredatorPreyParams, PredatorPreyRecord, PredatorPreyState
 
@@ -174,20 +175,28 @@ class PredatorPrey(Environment):
         A frozen or absent agent may only stay. Others may always stay, may move where there is no wall (even if the cell is taken), and may
         catch if a living prey is beside them.
         """
+        windows, grid, action_mask = apart_under_vmap(self._marks)(record, params)
+        windows, grid = apart_under_vmap(self._marked)(windows, grid)
+        return Observation(windows.reshape(self.num_agents, -1), grid.reshape(-1), action_mask, self._active_agents(params))
+
+    def _marks(
+        self, record: PredatorPreyRecord, params: PredatorPreyParams
+    ) -> tuple[Int[Array, "A E"], Int[Array, "E"], Bool[Array, "A U"]]:
+        """Which number everyone turns to one in every window and in the grid (-1: none), and the action masks."""
         agents, prey = record.agents.astype(jnp.int32), record.prey.astype(jnp.int32)
         visible = self._visible(record.frozen, params)
         entities, shown = jnp.concatenate([agents, prey]), jnp.concatenate([visible, record.alive])
+        channel = jnp.concatenate([jnp.zeros(self.num_agents, jnp.int32), 1 + self._kinds()])
         side = 2 * self.radius + 1
         offsets = entities[None] - agents[:, None] + self.radius
         in_view = _inside(offsets, side, side) & shown[None] & visible[:, None]
-        windows = self._channels(jnp.where(in_view, _cells(offsets, side), -1), side * side)
-        grid = self._channels(jnp.where(shown, _cells(entities, self.width), -1), self.height * self.width)
-        return Observation(
-            agents=windows.reshape(self.num_agents, -1),
-            state=grid.reshape(-1),
-            action_mask=self._action_mask(agents, prey, record.frozen, record.alive, params),
-            agent_mask=self._active_agents(params),
-        )
+        windows = jnp.where(in_view, 3 * _cells(offsets, side) + channel[None], -1)
+        grid = jnp.where(shown, 3 * _cells(entities, self.width) + channel, -1)
+        return windows, grid, self._action_mask(agents, prey, record.frozen, record.alive, params)
+
+    def _marked(self, windows: Int[Array, "A E"], grid: Int[Array, "E"]) -> tuple[Float[Array, "A V"], Float[Array, "G"]]:
+        """The windows and the grid. Their marks are made apart, or XLA would make them anew for every number on processors."""
+        return _ones_at(windows, 3 * (2 * self.radius + 1) ** 2), _ones_at(grid, 3 * self.height * self.width)
 
     def optimal_return(self, params: PredatorPreyParams) -> Scalar:
         """The best undiscounted return, given enough time and room to carry out every capture.
@@ -294,12 +303,6 @@ class PredatorPrey(Environment):
     def _kinds(self) -> Int[Array, "P"]:
         return jnp.where(jnp.arange(self.num_prey) < self.num_stags, STAG, HARE)
 
-    def _channels(self, cells: Int[Array, "*B N"], num_cells: int) -> Float[Array, "*B C 3"]:
-        """Marks the cells of agents, stags and hares (-1: nowhere) in three channels."""
-        marked = cells[..., None] == jnp.arange(num_cells).reshape((1,) * cells.ndim + (num_cells,))
-        kinds = jnp.split(marked, [self.num_agents, self.num_agents + self.num_stags], axis=-2)
-        return jnp.stack([kind.any(axis=-2) for kind in kinds], axis=-1).astype(jnp.float32)
-
     def _action_mask(
         self,
         agents: Int[Array, "A 2"],
@@ -318,6 +321,12 @@ class PredatorPrey(Environment):
 def _step_of(actions: Actions) -> Int[Array, "A 2"]:
     """How far each action goes, were nothing in the way."""
     return jnp.array((*DIRECTIONS, (0, 0), (0, 0)))[actions]
+
+
+def _ones_at(marks: Int[Array, "*B N"], size: int) -> Float[Array, "*B size"]:
+    """So many zeros, but ones where a mark says."""
+    numbers = jnp.arange(size).reshape((1,) * marks.ndim + (size,))
+    return (marks[..., None] == numbers).any(axis=-2).astype(jnp.float32)
 
 
 def _cells(positions: Int[Array, "*B 2"], width: int) -> Int[Array, "*B"]:

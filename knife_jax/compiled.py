@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from knife_jax import hosts
 from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
-from knife_jax.cores import compile_quickly, compile_wide
+from knife_jax.cores import compile_quickly, compile_training
 from knife_jax.learner import Metrics
 from knife_jax.program import Row, RunnerState
 
@@ -86,7 +86,7 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: hosts.placed(leaf, NamedSharding(mesh, PartitionSpec(SEEDS))), tree)
 
-    once, always = compile_quickly, compile_wide
+    once, always = compile_quickly, compile_training
     return Compiled(pieces, carry, placed, once(init), once(begin), always(advance), once(finish))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from knife_jax.cores import compiler_options
+from knife_jax.cores import compiler_options, training_options
 
 
 def environment_facts() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def environment_facts() -> dict[str, Any]:
         "process_count": jax.process_count(),
         "processor": platform.processor() or platform.machine(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "compiler_options": compiler_options(),
+        "compiler_options": compiler_options() | training_options(),
         "revision": _revision(),
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from knife_jax import cores as module
-from knife_jax.cores import EMITTERS, FLAG, LEVEL, WIDTH, compile_quickly, compile_wide, compiler_options, cores
+from knife_jax.cores import EMITTERS, FLAG, LEVEL, WIDTH, compile_quickly, compile_training, compile_wide, compiler_options, cores
 
 CASES = {
     "asked for": ("spread_over_cores(3)", {}, 3),
@@ -96,16 +96,19 @@ def test_an_arctangent_is_compiled_without_wide_vectors(asked):
     assert asked == [None, None, {WIDTH: "512"}]
 
 
-def test_what_runs_once_is_compiled_quickly(asked, monkeypatch):
+def test_training_and_what_runs_once_are_compiled_quickly(asked, monkeypatch):
     """With less optimizing, and for the rest like everything else; what the user said of it stays."""
     arctan, tanh = (jax.jit(function).lower(jnp.ones(8)) for function in (jnp.arctan, jnp.tanh))
     monkeypatch.setattr(module.jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     for lowered in (arctan, tanh):
         compile_quickly(lowered)
+        compile_training(lowered)
     monkeypatch.setenv("XLA_FLAGS", f"--{LEVEL}=0")
     compile_quickly(tanh)
+    compile_training(tanh)
     monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
     compile_quickly(arctan)
-    less = {LEVEL: 1, EMITTERS: False}
-    assert asked == [less, {WIDTH: "512", **less}, {WIDTH: "512", EMITTERS: False}, None]
+    compile_training(arctan)
+    wide, less, quick = {WIDTH: "512"}, {LEVEL: 1}, {EMITTERS: False}
+    assert asked == [less | quick, less, wide | less | quick, wide | less, wide | quick, wide, None, None]

@@ -13,7 +13,7 @@ import pytest
 from knife_jax import cache, make_program, make_train, runner
 from knife_jax.chunks import Pieces, seed_axes
 from knife_jax.config import resolve
-from knife_jax.cores import compile_wide
+from knife_jax.cores import compile_training
 from knife_jax.pace import TARGET_SECONDS, Pace
 
 SMALL = {
@@ -41,7 +41,7 @@ def tolerance(name):
 def single(compile_once):
     """The single program, for two seeds."""
     keys = runner.seed_keys(2)
-    return compile_wide(jax.jit(jax.vmap(make_train(SMALL))).lower(keys))(keys)
+    return compile_training(jax.jit(jax.vmap(make_train(SMALL))).lower(keys))(keys)
 
 
 @pytest.mark.parametrize("options", [{"chunk_rounds": 1}, {"chunk_rounds": 7}, {}], ids=str)
