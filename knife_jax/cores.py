@@ -45,8 +45,8 @@ def compile_training(lowered: Lowered) -> Compiled:
 def compile_quickly(lowered: Lowered) -> Compiled:
     """Compiles what runs once for every task, as `compile_training` does but in two thirds of the time.
 
-    On processors with XLA's earlier emitters of kernels too: diagnostics, and optimizers of many seeds side by side, take up to twice as
-    long then, but drawing networks, starting games and evaluating take no longer. What `XLA_FLAGS` say of it stays.
+    On processors with XLA's earlier emitters of kernels too: diagnostics, and optimizers of many seeds side by side, take several times
+    as long then, but drawing networks, starting games and evaluating take no longer. What `XLA_FLAGS` say of it stays.
 
     Args:
         lowered: what `jax.jit(function).lower(...)` gives.
