@@ -19,7 +19,7 @@ from knife_jax.bundle import Bundle
 from knife_jax.config import merge_hyper
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
-from knife_jax.program import Period, Place, Program, Row, RunnerState, make_row
+from knife_jax.program import Period, Place, Program, Row, RunnerState, make_row, new_period
 
 MOST_ROWS = 64
 """A chunk has room for the metrics of so many evaluations."""
@@ -83,7 +83,7 @@ class Pieces:
         """A task's first step."""
         hyper = self._hyper(swept)
         state = self.program.begin_task(state, place[1], hyper)
-        period = self.program.new_period(state, place[1], hyper)
+        period = new_period()
         return Carry(state, period, self.program.no_metrics(state, period, hyper))
 
     def advance(self, carry: Carry, swept: Swept, place: Place, rounds: Int[Array, ""]) -> tuple[Carry, Rows]:
@@ -171,7 +171,7 @@ def seed_axes(pieces: Pieces, key: PRNGKeyArray, swept: Swept) -> Carry:
     def one_task(state: RunnerState, place: Place) -> tuple[RunnerState, None]:
         hyper = pieces._hyper(swept)
         state = pieces.program.begin_task(state, place[1], hyper)
-        return watch(pieces.program.one_round(state, pieces.program.new_period(state, place[1], hyper), place[1], hyper)[0]), None
+        return watch(pieces.program.one_round(state, new_period(), place[1], hyper)[0]), None
 
     def two_tasks(key: PRNGKeyArray) -> RunnerState:
         return jax.lax.scan(one_task, pieces.init(key, swept), (jnp.arange(2), jnp.zeros(2, jnp.int32)))[0]

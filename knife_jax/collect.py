@@ -18,6 +18,9 @@ from knife_jax.networks.agents import agent_inputs, mask_unavailable
 from knife_jax.plasticity.method import Variables
 from knife_jax.replay import Continuation, Slot, cut_ends, starts_after
 
+METRICS = ("env_steps", "episodes", "epsilon", "length", "return", "won")
+"""What `explore` tells of a rollout, in float32."""
+
 
 class ActorState(NamedTuple):
     """Where the environments are, and what the agents remember, between slots."""

@@ -21,6 +21,9 @@ from knife_jax.replay import Continuation, Sequences
 
 Metrics = dict[str, Array]
 
+METRICS = ("greedy_share", "grad_norm", "loss", "q_tot", "target", "td_error", "valid_share")
+"""What `gradient_step` tells of itself, in float32."""
+
 
 class LearnerState(NamedTuple):
     """Everything that a gradient step or an intervention changes.

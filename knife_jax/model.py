@@ -138,11 +138,12 @@ def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[A
     """
     if len(networks.tasks.names) == 1:
         only = jnp.int32(0)
-    render, params_axis = networks.env.observe, 0 if only is None else None
-    for _ in range(task.ndim):
-        render = jax.vmap(render, in_axes=(0, params_axis))
+    render = jax.vmap(networks.env.observe, in_axes=(0, 0 if only is None else None))
     whole = apart_under_vmap(lambda record, task: render(record, networks.tasks.at(task)))
-    return whole(record, task if only is None else only)
+    axes = task.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(axes) :]), record)
+    seen = whole(flat, task.reshape(-1) if only is None else only)
+    return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), seen)
 
 
 def task_code(networks: Networks, task: Int[Array, "*N"]) -> Float[Array, "*N K"] | None:

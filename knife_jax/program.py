@@ -144,14 +144,9 @@ class Program:
         def next_round(carry: tuple[RunnerState, Period], _: None) -> tuple[tuple[RunnerState, Period], None]:
             return self.one_round(*carry, task, hyper), None
 
-        start = (state, self.new_period(state, task, hyper))
+        start = (state, new_period())
         (state, period), _ = jax.lax.scan(next_round, start, length=self.plan.rounds_per_evaluation)
         return self.end_period(state, period, hyper)
-
-    def new_period(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> Period:
-        """Nothing added up yet."""
-        played, learned = jax.eval_shape(self._round, state, task, hyper)[1]
-        return Period(_blank(played), _blank(learned), jnp.zeros((), jnp.int32))
 
     def one_round(self, state: RunnerState, period: Period, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Period]:
         """One round of collecting and learning, and what it adds to the period."""
@@ -282,7 +277,7 @@ class Program:
             return learning, jax.tree.map(lambda values: values.sum(axis=0), metrics)
 
         def skip() -> tuple[Learning, Metrics]:
-            return start, _blank(jax.eval_shape(learn)[1])
+            return start, _zeros(learner.METRICS)
 
         return jax.lax.cond(self._can_learn(stored), learn, skip)
 
@@ -297,6 +292,11 @@ def make_program(config: Config) -> Program:
     plan = make_plan(config, env)
     schedule = make_schedule(config, plan, len(tasks.order))
     return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
+
+
+def new_period() -> Period:
+    """Nothing added up yet."""
+    return Period(_zeros(collect.METRICS), _zeros(learner.METRICS), jnp.zeros((), jnp.int32))
 
 
 def make_row(state: RunnerState, place: Place, evaluated: Metrics, since_last: Bundle) -> Row:
@@ -317,6 +317,10 @@ def _train_metrics(period: Period) -> Metrics:
     metrics |= {name: played[name] / episodes for name in ("return", "won", "length")}
     metrics |= {name: played[name] for name in ("episodes", "env_steps", "epsilon")}
     return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def _zeros(names: tuple[str, ...]) -> Metrics:
+    return {name: jnp.zeros(()) for name in names}
 
 
 def _blank(shapes: Any) -> Any:

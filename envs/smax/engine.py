@@ -43,14 +43,12 @@ def picked(rows: Float[Array, "R b"], index: Int[Array, "U B"]) -> Float[Array, 
     return found
 
 
-def of_type(table: Float[Array, "2 K b"], unit_types: Int[Array, "N B"], num_allies: int) -> Float[Array, "N B"]:
-    """Looks every unit's number up."""
-    return jnp.concatenate([picked(table[0], unit_types[:num_allies]), picked(table[1], unit_types[num_allies:])])
-
-
 def statistics_of(statistics: UnitStatistics, unit_types: Int[Array, "N B"], num_allies: int) -> UnitStatistics:
     """The statistics of every unit, `[N, B]` each."""
-    return UnitStatistics(*(of_type(table, unit_types, num_allies) for table in statistics))
+    tables = jnp.stack(statistics, axis=1)
+    teams = zip(tables, (unit_types[:num_allies], unit_types[num_allies:]), strict=True)
+    found = jnp.concatenate([jax.vmap(picked, in_axes=(0, None))(table, types) for table, types in teams], axis=1)
+    return UnitStatistics(*found)
 
 
 def high_half(bits: UInt32[Array, "... B"]) -> Float[Array, "... B"]:

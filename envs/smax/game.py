@@ -197,7 +197,9 @@ class _Batched(NamedTuple):
 def batched(env: Smax) -> _Batched:
     """The functions of one environment, made once, so that equal environments share what is traced and compiled."""
     own = [functools.partial(function, env) for function in (_start, _step, _step_or_start, _step_all)]
-    return _Batched(*map(batch_last, own), observe=batch_last(functools.partial(_observe, env), is_apart=True))
+    parts = apart(functools.partial(_parts, env))
+    observe = functools.partial(_observe, env.observation_type == "conic", parts)
+    return _Batched(*map(batch_last, own), observe=batch_last(jax.jit(observe), is_apart=True))
 
 
 def _start(env: Smax, bits: UInt32[Array, "D B"], params: SmaxParams) -> SmaxState:
@@ -250,10 +252,13 @@ def advance(
     return state._replace(**units._asdict(), last_actions=actions.astype(jnp.int8), steps=state.steps + 1), statistics
 
 
-def _observe(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
+_unit_list = apart(views.unit_list)
+
+
+def _observe(is_conic: bool, parts: Callable[..., Any], record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
     """The allies' views (for a conic one what `_placed` takes), the world state, the action masks."""
-    agents, state, mask = apart(functools.partial(_parts, env))(record, params)
-    return agents if env.observation_type == "conic" else apart(views.unit_list)(agents), state, mask
+    agents, state, mask = parts(record, params)
+    return agents if is_conic else _unit_list(agents), state, mask
 
 
 def _parts(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
