@@ -1,6 +1,7 @@
 """Functions compiled as computations of their own, so that XLA's fusion on processors does not compute them more than once."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,16 +20,25 @@ def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     def branch(*args: Any) -> Any:
         shapes = jax.eval_shape(traced_once, *args)
         first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
-        return jax.lax.cond(~(first < -jnp.inf), traced_once, lambda *_: jax.tree.map(_blank, shapes), *args)
+        return jax.lax.cond(~(first < -jnp.inf), traced_once, lambda *same: jax.tree.map(partial(_blank, jax.tree.leaves(same)), shapes), *args)
 
     return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
 
 
-def _blank(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros, which vary over the devices of a surrounding `jax.shard_map` where the leaf does."""
-    varying = getattr(getattr(leaf, "manual_axis_type", None), "varying", ())
-    zeros = jnp.zeros(leaf.shape, leaf.dtype)
+def _blank(given: list[jax.Array], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Anything of the leaf's type: what is given, which costs the compiler nothing, or zeros.
+
+    They vary over the devices of a surrounding `jax.shard_map` where the leaf does.
+    """
+    for same in given:
+        if same.shape == leaf.shape and same.dtype == leaf.dtype and _varying(jax.typeof(same)) == _varying(leaf):
+            return same
+    zeros, varying = jnp.zeros(leaf.shape, leaf.dtype), _varying(leaf)
     return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
+
+
+def _varying(leaf: Any) -> Any:
+    return getattr(getattr(leaf, "manual_axis_type", None), "varying", ())
 
 
 def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:

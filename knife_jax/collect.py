@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import distrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Environment, EnvParams, Observation, Outcome
 from envs.wrappers import AutoReset, EpisodeStatistics, IdleAfterEnd
+from knife_jax.bundle import Bundle, bundled
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper, Networks, task_code
 from knife_jax.networks.agents import agent_inputs, mask_unavailable
@@ -19,7 +21,10 @@ from knife_jax.plasticity.method import Variables
 from knife_jax.replay import Continuation, Slot, cut_ends, starts_after
 
 METRICS = ("env_steps", "episodes", "epsilon", "length", "return", "won")
-"""What `explore` tells of a rollout, in float32."""
+"""What `explore` tells of a rollout."""
+
+IS_LAST = np.array([name == "epsilon" for name in METRICS])
+"""Of which of that the latest is of interest; the rest is added up over rollouts."""
 
 
 class ActorState(NamedTuple):
@@ -53,7 +58,7 @@ def init_actors(key: PRNGKeyArray, networks: Networks, env: Environment, num_env
 
 def explore(
     key: PRNGKeyArray, variables: Variables, networks: Networks, collector: CollectorState, task: Int[Array, ""], length: int, hyper: Hyper
-) -> tuple[CollectorState, Slot, Metrics]:
+) -> tuple[CollectorState, Slot, Bundle]:
     """Collects a rollout of `length` slots with epsilon-greedy actions.
 
     Returns:
@@ -63,17 +68,17 @@ def explore(
     env = acting_environment(networks.env, networks.config.collect.mode)
     task_params = networks.tasks.at(task)
 
-    def one_slot(collector: CollectorState, key: PRNGKeyArray) -> tuple[CollectorState, tuple[Slot, Metrics]]:
-        key_act, key_step = jax.random.split(key)
+    def one_slot(collector: CollectorState, keys: PRNGKeyArray) -> tuple[CollectorState, tuple[Slot, Bundle]]:
         epsilon = epsilon_at(collector.explored_env_steps, hyper)
-        actors, slot, outcome = _advance((key_act, key_step), variables, networks, env, collector.actors, task, task_params, epsilon)
+        actors, slot, outcome = _advance((keys[0], keys[1:]), variables, networks, env, collector.actors, task, task_params, epsilon)
         steps = (~outcome.info["reset"]).sum().astype(jnp.float32)
         collector = CollectorState(actors, collector.explored_env_steps + steps)
-        return collector, (slot, {**_ended(outcome), "env_steps": steps, "epsilon": epsilon})
+        return collector, (slot, bundled({**_ended(outcome), "env_steps": steps, "epsilon": epsilon}))
 
-    collector, (rollout, slot_sums) = jax.lax.scan(one_slot, collector, jax.random.split(key, length))
-    metrics = {name: values.sum() for name, values in slot_sums.items()}
-    return collector, rollout, {**metrics, "epsilon": slot_sums["epsilon"].mean()}
+    keys = jax.random.split(key, (length, 1 + collector.actors.starts.shape[0]))
+    collector, (rollout, of_slots) = jax.lax.scan(one_slot, collector, keys)
+    metrics = Bundle(of_slots.names, of_slots.values.sum(axis=0) / np.where(IS_LAST, length, 1))
+    return collector, rollout, metrics
 
 
 def cut_rollout(rollout: Slot) -> Slot:
@@ -94,7 +99,7 @@ def evaluate(key: PRNGKeyArray, variables: Variables, networks: Networks, task: 
     actors = init_actors(key_reset, networks, env, episodes, task_params)
 
     def one_step(actors: ActorState, key: PRNGKeyArray) -> tuple[ActorState, Metrics]:
-        actors, _, outcome = _advance((key, key), variables, networks, env, actors, task, task_params, None)
+        actors, _, outcome = _advance((key, jax.random.split(key, episodes)), variables, networks, env, actors, task, task_params, None)
         return actors, _ended(outcome)
 
     _, sums = jax.lax.scan(one_step, actors, jax.random.split(key_steps, env.max_steps))
@@ -129,7 +134,7 @@ def _advance(
     task_params: EnvParams,
     epsilon: Float[Array, ""] | None,
 ) -> tuple[ActorState, Slot, Outcome]:
-    """One slot in every environment; greedy if `epsilon` is None."""
+    """One slot in every environment; greedy if `epsilon` is None. Keys: one to draw actions, and one for each environment."""
     num_envs = actors.starts.shape[0]
     record = jax.vmap(env.record)(actors.env)
     observation = jax.vmap(env.observe, in_axes=(0, None))(record, task_params)
@@ -139,7 +144,7 @@ def _advance(
     else:
         actions = epsilon_greedy(keys[0], values, observation.action_mask, epsilon)
     step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
-    state, outcome = step(jax.random.split(keys[1], num_envs), actors.env, actions.astype(jnp.int32), task_params)
+    state, outcome = step(keys[1], actors.env, actions.astype(jnp.int32), task_params)
     continuation = continuation_of(outcome)
     tasks = jnp.full(num_envs, task, jnp.int16)
     slot = Slot(record, actions.astype(action_dtype(env.num_actions)), outcome.reward, continuation, tasks)

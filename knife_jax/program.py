@@ -71,8 +71,8 @@ class Period(NamedTuple):
         updates: gradient steps, the same for every seed.
     """
 
-    played: Metrics
-    learned: Metrics
+    played: Bundle
+    learned: Bundle
     updates: Int[Array, ""]
 
 
@@ -152,13 +152,9 @@ class Program:
         """One round of collecting and learning, and what it adds to the period."""
         before = state.counters.updates
         state, (played, learned) = self._round(state, task, hyper)
-        added = jax.tree.map(jnp.add, period.played, played)
-        period = Period(
-            {**added, "epsilon": played["epsilon"]},
-            jax.tree.map(jnp.add, period.learned, learned),
-            period.updates + state.counters.updates - before,
-        )
-        return state, period
+        so_far = jnp.where(collect.IS_LAST, played.values, period.played.values + played.values)
+        summed = Bundle(learned.names, period.learned.values + learned.values)
+        return state, Period(Bundle(played.names, so_far), summed, period.updates + state.counters.updates - before)
 
     def end_period(self, state: RunnerState, period: Period, hyper: Hyper) -> tuple[RunnerState, Bundle]:
         """What a period comes to: `train/` metrics over it, `cure/` and `plasticity/` ones at its end."""
@@ -238,9 +234,10 @@ class Program:
         metrics = collect.evaluate(key, variables, self.networks, task, self.config.evaluation.episodes)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    def _round(self, state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Metrics, Metrics]]:
+    def _round(self, state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Bundle, Bundle]]:
         """Collects and stores one rollout, then learns; metrics are sums over the round."""
-        key, key_reset, key_explore, key_learn = jax.random.split(state.key, 4)
+        keys = jax.random.split(state.key, 3 + self.config.train.updates_per_round)
+        key, key_reset, key_explore = keys[0], keys[1], keys[2]
         collector, mode = state.collector, self.config.collect.mode
         if mode != "continuous":
             collector = collector._replace(actors=self._fresh_actors(key_reset, task))
@@ -250,17 +247,17 @@ class Program:
             rollout = collect.cut_rollout(rollout)
         stored = replay.add(state.replay, rollout)
         start = Learning(state.learner, state.counters.updates, self.networks.running_states(collector.actors.hidden))
-        learning, summed = self._learn(key_learn, start, stored, task, hyper)
+        learning, summed = self._learn(keys[3:], start, stored, task, hyper)
         counters = Counters(state.counters.rounds + 1, learning.updates)
         collector = _acting_on(collector, learning.acting)
         return RunnerState(learning.learner, collector, stored, counters, key, state.stagnant), (played, summed)
 
-    def _learn(self, key: PRNGKeyArray, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Metrics]:
+    def _learn(self, keys: PRNGKeyArray, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Bundle]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
         settings, plan, intervenes = self.config, self.plan, self._intervenes(hyper)
         only = task if settings.switch.replay == "clear" else None
 
-        def one_update(carry: Learning, key: PRNGKeyArray) -> tuple[Learning, Metrics]:
+        def one_update(carry: Learning, key: PRNGKeyArray) -> tuple[Learning, Bundle]:
             learned, updates, acting = carry
             batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
             batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)._replace(task=only)
@@ -269,14 +266,13 @@ class Program:
             learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)
             if intervenes == "every_update":
                 learned, acting = learner.intervene(jax.random.fold_in(key, _CURE), learned, acting, self.networks, hyper)
-            return Learning(learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1, acting), metrics
+            return Learning(learner.update_target(learned, self.networks, updates + 1, hyper), updates + 1, acting), bundled(metrics)
 
-        def learn() -> tuple[Learning, Metrics]:
-            keys = jax.random.split(key, settings.train.updates_per_round)
-            learning, metrics = jax.lax.scan(one_update, start, keys)
-            return learning, jax.tree.map(lambda values: values.sum(axis=0), metrics)
+        def learn() -> tuple[Learning, Bundle]:
+            learning, of_updates = jax.lax.scan(one_update, start, keys)
+            return learning, Bundle(of_updates.names, of_updates.values.sum(axis=0))
 
-        def skip() -> tuple[Learning, Metrics]:
+        def skip() -> tuple[Learning, Bundle]:
             return start, _zeros(learner.METRICS)
 
         return jax.lax.cond(self._can_learn(stored), learn, skip)
@@ -312,15 +308,16 @@ def _acting_on(collector: collect.CollectorState, acting: States) -> collect.Col
 
 def _train_metrics(period: Period) -> Metrics:
     """Means over a period; NaN where there is nothing to average."""
-    played, episodes = period.played, period.played["episodes"]
-    metrics = {name: value / period.updates for name, value in period.learned.items()}
+    played = period.played.unpacked()
+    episodes = played["episodes"]
+    metrics = Bundle(period.learned.names, period.learned.values / period.updates).unpacked()
     metrics |= {name: played[name] / episodes for name in ("return", "won", "length")}
     metrics |= {name: played[name] for name in ("episodes", "env_steps", "epsilon")}
     return {f"train/{name}": value for name, value in metrics.items()}
 
 
-def _zeros(names: tuple[str, ...]) -> Metrics:
-    return {name: jnp.zeros(()) for name in names}
+def _zeros(names: tuple[str, ...]) -> Bundle:
+    return Bundle(names, jnp.zeros(len(names)))
 
 
 def _blank(shapes: Any) -> Any:

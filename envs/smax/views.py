@@ -28,7 +28,7 @@ class Seen(NamedTuple):
     cooldown: Float[Array, "N B"]
     reload: Float[Array, "N B"]
     unit_types: Int[Array, "N B"]
-    bits: Float[Array, "K N B"]
+    bits: Float[Array, "N K B"]
     actions: Int[Array, "N B"]
     statistics: UnitStatistics
 
@@ -54,7 +54,7 @@ def see(record: SmaxRecord, params: SmaxParams, num_allies: int) -> Seen:
         record.cooldown,
         jnp.clip(record.cooldown / statistics.cooldown, 0.0, 1.0),
         unit_types,
-        (unit_types[None] == jnp.arange(len(UNIT_TYPES))[:, None, None]).astype(jnp.float32),
+        (unit_types[:, None] == jnp.arange(len(UNIT_TYPES))[:, None]).astype(jnp.float32),
         record.last_actions.astype(jnp.int32),
         statistics,
     )
@@ -96,12 +96,12 @@ class Listed(NamedTuple):
 
 def listed(seen: Seen, pairs: Pairs, params: SmaxParams, num_allies: int, map_size: tuple[float, float]) -> Listed:
     """Gathers what `unit_list` puts together."""
-    features = [jnp.concatenate([feature, feature[-1:]]) for feature in _features(seen, params, num_allies)]
+    features = jnp.concatenate([jnp.concatenate([part, part[-1:]]) for part in _features(seen, params, num_allies)], axis=1)
     visible = in_sight(seen, pairs, num_allies)
     shown = jnp.where(_comes_before(num_allies, seen.x.shape[0])[:, :-1], visible[:, :-1], visible[:, 1:]).astype(jnp.float32)
     own = jnp.pad(own_features(seen, map_size)[:num_allies], ((0, 0), (0, UNIT_FEATURES - OWN_FEATURES), (0, 0)))
     scale = jnp.broadcast_to(1.0 / seen.statistics.sight_range[:num_allies], own.shape[::2])
-    return Listed(jnp.stack(features, axis=1), jnp.pad(shown, ((0, 0), (0, 1), (0, 0))), own, scale)
+    return Listed(features, jnp.pad(shown, ((0, 0), (0, 1), (0, 0))), own, scale)
 
 
 def unit_list(parts: Listed) -> Float[Array, "A D B"]:
@@ -163,13 +163,14 @@ def sectors(
         rank = rank + closer
     slot = jnp.where(visible & (rank < UNITS_PER_SECTOR), UNITS_PER_SECTOR * sector + rank, SECTORS * UNITS_PER_SECTOR)
     origin, scale = _frames(seen, num_allies)
-    features = (jnp.stack(_features(seen, params, num_allies), axis=1)[None] - origin[:, None]) * scale[:, None]
+    features = (jnp.concatenate(_features(seen, params, num_allies), axis=1)[None] - origin[:, None]) * scale[:, None]
     return jnp.where(visible[:, :, None], features, 0.0), slot
 
 
-def _features(seen: Seen, params: SmaxParams, num_allies: int) -> list[Float[Array, "N B"]]:
-    """The F features of every unit, with positions as they are."""
-    return [seen.health, seen.x, seen.y, *_last_actions(seen, params, num_allies), seen.reload, *seen.bits]
+def _features(seen: Seen, params: SmaxParams, num_allies: int) -> list[Float[Array, "N _ B"]]:
+    """The F features of every unit, with positions as they are, in parts along the second axis; the types are one."""
+    columns = seen.health, seen.x, seen.y, *_last_actions(seen, params, num_allies), seen.reload
+    return [*(column[:, None] for column in columns), seen.bits]
 
 
 def _last_actions(seen: Seen, params: SmaxParams, num_allies: int) -> tuple[Array, Array, Array]:
@@ -191,7 +192,8 @@ def own_features(seen: Seen, map_size: tuple[float, float]) -> Float[Array, "N O
 
 
 def _own(seen: Seen, x: Array, y: Array, cooldown: Array) -> Float[Array, "N O B"]:
-    return jnp.stack([jnp.where(seen.alive, column, 0.0) for column in (seen.health, x, y, cooldown, *seen.bits)], axis=1)
+    parts = *(column[:, None] for column in (seen.health, x, y, cooldown)), seen.bits
+    return jnp.concatenate([jnp.where(seen.alive[:, None], part, 0.0) for part in parts], axis=1)
 
 
 def action_mask(seen: Seen, pairs: Pairs, num_allies: int) -> Bool[Array, "A U B"]:

@@ -106,8 +106,8 @@ class Initializer(NamedTuple):
         if self.name == "torch_uniform":
             return _uniform_within(key, shape, fan_in)
         draw = nn.initializers.orthogonal() if recurrent else nn.initializers.lecun_normal()
-        gates = [draw(gate, (shape[0], shape[2]), jnp.float32) for gate in jax.random.split(key, shape[1])]
-        return jnp.stack(gates, axis=1)
+        gates = jax.vmap(lambda gate: draw(gate, (shape[0], shape[2]), jnp.float32))(jax.random.split(key, shape[1]))
+        return jnp.moveaxis(gates, 0, 1)
 
     def bias(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
         """Draws the biases that go with a kernel of `fan_in` inputs."""
