@@ -20,7 +20,9 @@ def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     def branch(*args: Any) -> Any:
         shapes = jax.eval_shape(traced_once, *args)
         first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
-        return jax.lax.cond(~(first < -jnp.inf), traced_once, lambda *same: jax.tree.map(partial(_blank, jax.tree.leaves(same)), shapes), *args)
+        return jax.lax.cond(
+            ~(first < -jnp.inf), traced_once, lambda *same: jax.tree.map(partial(_blank, jax.tree.leaves(same)), shapes), *args
+        )
 
     return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
 
@@ -37,8 +39,8 @@ def _blank(given: list[jax.Array], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
 
 
-def _varying(leaf: Any) -> Any:
-    return getattr(getattr(leaf, "manual_axis_type", None), "varying", ())
+def _varying(leaf: Any) -> frozenset[Any]:
+    return frozenset(getattr(getattr(leaf, "manual_axis_type", None), "varying", ()))
 
 
 def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def batch_last(function: Callable[..., Any], is_apart: bool = False) -> Callable
     @custom_vmap
     def many(*args: Any) -> Any:
         size = _size(args, [0] * len(jax.tree.leaves(args)))
-        *own, params = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), args)
+        *own, params = jax.tree.map(_turned, args)
         outputs = settled(*jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:-1], size)), own), params)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), outputs)
 
@@ -52,6 +52,11 @@ def batch_last(function: Callable[..., Any], is_apart: bool = False) -> Callable
 def _size(args: Any, axes: list[int]) -> int:
     """The size of the batch, which some leaves have as 1."""
     return max(leaf.shape[axis] for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True))
+
+
+def _turned(leaf: Array) -> Array:
+    """The first axis last; by a reshape, which costs nothing, if it is of size 1."""
+    return leaf.reshape(*leaf.shape[1:], 1) if leaf.shape[0] == 1 else jnp.moveaxis(leaf, 0, -1)
 
 
 def _merged(leaf: Array, batched: bool, outer: int, inner: int) -> Array:

@@ -83,13 +83,12 @@ def orders_of(actions: Int[Array, "N B"], speed: Float[Array, "N B"], num_allies
 
 def push_apart(x: Float[Array, "N B"], y: Float[Array, "N B"], radius: Float[Array, "N B"]) -> tuple[Array, Array]:
     """Moves overlapping units apart, each by half of the overlap; a radius of `-FAR` keeps a unit (a dead one) out of it."""
+    delta_x, delta_y = x[None] - x[:, None], y[None] - y[:, None]
+    distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) + 1e-6
+    overlap = jnp.maximum((radius[None] + radius[:, None]) / distance - 1.0, 0.0)
     shift_x, shift_y = jnp.zeros_like(x), jnp.zeros_like(y)
-    for index in range(x.shape[0]):
-        other = slice(index, index + 1)
-        delta_x, delta_y = x - x[other], y - y[other]
-        distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) + 1e-6
-        overlap = jnp.maximum((radius + radius[other]) / distance - 1.0, 0.0)
-        shift_x, shift_y = shift_x + delta_x * overlap, shift_y + delta_y * overlap
+    for other in range(x.shape[0]):
+        shift_x, shift_y = shift_x + (x - x[other]) * overlap[other], shift_y + (y - y[other]) * overlap[other]
     return x + 0.5 * shift_x, y + 0.5 * shift_y
 
 
@@ -99,13 +98,11 @@ def _aimed(values: Float[Array, "N B"], target: Int[Array, "N B"], num_allies: i
     return jnp.concatenate([picked(enemies, target[:num_allies]), picked(allies, target[num_allies:])])
 
 
-def _suffered(hits: Float[Array, "U B"], target: Int[Array, "U B"], num_opponents: int) -> Float[Array, "O B"]:
-    """The sum of the hits on each opponent."""
-    opponents = jnp.arange(num_opponents)[:, None]
-    total = jnp.zeros((num_opponents, hits.shape[-1]), hits.dtype)
-    for index in range(hits.shape[0]):
-        attacker = slice(index, index + 1)
-        total = total + jnp.where(target[attacker] == opponents, hits[attacker], 0.0)
+def _suffered(hits: Float[Array, "U B"], aims: Bool[Array, "U O B"]) -> Float[Array, "O B"]:
+    """The sum of the hits on each opponent, from whom each unit aims at."""
+    total = jnp.zeros(aims.shape[1:], hits.dtype)
+    for hit, aimed in zip(hits, aims, strict=True):
+        total = total + jnp.where(aimed, hit[None], 0.0)
     return total
 
 
@@ -136,6 +133,8 @@ def fight(
     allies, enemies = slice(None, num_allies), slice(num_allies, None)
     reload = statistics.cooldown[None] + deviation
     has_target = orders.target != NOBODY
+    at_enemies = orders.target[allies, None] == jnp.arange(orders.target.shape[0] - num_allies)[:, None]
+    at_allies = orders.target[enemies, None] == jnp.arange(num_allies)[:, None]
 
     def tick(units: Units, reload_now: Array | None) -> tuple[Units, None]:
         alive = units.health > 0
@@ -146,11 +145,7 @@ def fight(
         in_range = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) < statistics.attack_range
         hit = has_target & in_range & alive & (aim_health > 0) & (units.cooldown <= 0)
         hits = jnp.where(hit, statistics.attack, 0.0)
-        suffered = (
-            _suffered(hits[enemies], orders.target[enemies], num_allies),
-            _suffered(hits[allies], orders.target[allies], x.shape[0] - num_allies),
-        )
-        damage = jnp.concatenate(suffered)
+        damage = jnp.concatenate([_suffered(hits[enemies], at_allies), _suffered(hits[allies], at_enemies)])
         at_wall = (x <= 0) | (x >= width) | (y <= 0) | (y >= height)
         health = jnp.where(at_wall & walls_kill[None], 0.0, jnp.maximum(units.health - damage, 0.0))
         x, y = push_apart(x, y, jnp.where(health > 0, statistics.radius, -FAR))
