@@ -68,7 +68,7 @@ def explore(
     env = acting_environment(networks.env, networks.config.collect.mode)
     task_params = networks.tasks.at(task)
 
-    def one_slot(collector: CollectorState, keys: PRNGKeyArray) -> tuple[CollectorState, tuple[Slot, Bundle]]:
+    def one_slot(collector: CollectorState, keys: Array) -> tuple[CollectorState, tuple[Slot, Bundle]]:
         epsilon = epsilon_at(collector.explored_env_steps, hyper)
         actors, slot, outcome = _advance((keys[0], keys[1:]), variables, networks, env, collector.actors, task, task_params, epsilon)
         steps = (~outcome.info["reset"]).sum().astype(jnp.float32)
@@ -125,7 +125,7 @@ def epsilon_greedy(
 
 
 def _advance(
-    keys: tuple[PRNGKeyArray, PRNGKeyArray],
+    keys: tuple[PRNGKeyArray, Array],
     variables: Variables,
     networks: Networks,
     env: AutoReset,

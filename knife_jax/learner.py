@@ -82,9 +82,9 @@ def make_optimizer(config: Config, hyper: Hyper) -> optax.GradientTransformation
 def clip_by_global_norm(max_norm: Array | float) -> optax.GradientTransformation:
     """optax's, with a norm that takes the compiler a tenth of the time: see `global_norm`."""
 
-    def clipped(grads: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
-        norm = global_norm(grads)
-        return jax.tree.map(lambda grad: jnp.where(norm < max_norm, grad, grad / norm * max_norm), grads), state
+    def clipped(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        norm = global_norm(updates)
+        return jax.tree.map(lambda leaf: jnp.where(norm < max_norm, leaf, leaf / norm * max_norm), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, clipped)
 

@@ -252,7 +252,7 @@ class Program:
         collector = _acting_on(collector, learning.acting)
         return RunnerState(learning.learner, collector, stored, counters, key, state.stagnant), (played, summed)
 
-    def _learn(self, keys: PRNGKeyArray, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Bundle]:
+    def _learn(self, keys: Array, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Bundle]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""
         settings, plan, intervenes = self.config, self.plan, self._intervenes(hyper)
         only = task if settings.switch.replay == "clear" else None

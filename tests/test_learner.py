@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +253,19 @@ def test_rmsprop_is_the_one_of_torch():
     clipped = np.array([3.0, 4.0])
     updated = jnp.asarray(optax.apply_updates(params, updates))
     np.testing.assert_allclose(updated, 1 - 0.1 * clipped / (np.sqrt(0.01 * clipped**2) + 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+def test_clipping_is_that_of_optax(max_norm):
+    """Of leaves of several shapes, where the norm is above the limit and where it is not."""
+    draws = np.random.default_rng(0)
+    grads = {name: jnp.asarray(draws.normal(size=shape), jnp.float32) for name, shape in (("a", (3, 4)), ("b", (5,)), ("c", ()))}
+    assert float(learner.global_norm(grads)) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
+    ours, theirs = learner.clip_by_global_norm(max_norm), optax.clip_by_global_norm(max_norm)
+    clipped, state = ours.update(grads, ours.init(grads))
+    expected, expected_state = theirs.update(grads, theirs.init(grads))
+    assert state == expected_state
+    chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
 
 
 def test_exploration_takes_available_actions_only():

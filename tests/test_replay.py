@@ -64,6 +64,15 @@ def test_sequences_are_consecutive_and_among_the_newest(rollouts, shape, seed):
     assert set(np.unique(env)) <= set(range(envs))
 
 
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(0, 2**32 - 1), st.one_of(st.integers(1, 70_000), st.integers(1, 2**31 - 1)))
+def test_integers_below_a_number(bits, number):
+    """`bits * number // 2**32`, which Python computes with as many bits as it takes."""
+    drawn = replay.uniform_below(jnp.array([bits], jnp.uint32), jnp.int32(number))
+    assert drawn.dtype == jnp.int32
+    assert int(drawn[0]) == bits * number >> 32 < number
+
+
 def test_every_possible_sequence_is_equally_likely():
     """Offsets and environments are uniform over all that are stored, the newest included."""
     state = _filled(5, 4, 3, 12)

@@ -87,8 +87,8 @@ def push_apart(x: Float[Array, "N B"], y: Float[Array, "N B"], radius: Float[Arr
     distance = jnp.sqrt(delta_x * delta_x + delta_y * delta_y) + 1e-6
     overlap = jnp.maximum((radius[None] + radius[:, None]) / distance - 1.0, 0.0)
     shift_x, shift_y = jnp.zeros_like(x), jnp.zeros_like(y)
-    for other in range(x.shape[0]):
-        shift_x, shift_y = shift_x + (x - x[other]) * overlap[other], shift_y + (y - y[other]) * overlap[other]
+    for x_offset, y_offset, share in zip(delta_x, delta_y, overlap, strict=True):
+        shift_x, shift_y = shift_x + x_offset * share, shift_y + y_offset * share
     return x + 0.5 * shift_x, y + 0.5 * shift_y
 
 
@@ -133,8 +133,8 @@ def fight(
     allies, enemies = slice(None, num_allies), slice(num_allies, None)
     reload = statistics.cooldown[None] + deviation
     has_target = orders.target != NOBODY
-    at_enemies = orders.target[allies, None] == jnp.arange(orders.target.shape[0] - num_allies)[:, None]
-    at_allies = orders.target[enemies, None] == jnp.arange(num_allies)[:, None]
+    at_enemies = orders.target[allies, None] == jnp.arange(orders.target.shape[0] - num_allies)[None, :, None]
+    at_allies = orders.target[enemies, None] == jnp.arange(num_allies)[None, :, None]
 
     def tick(units: Units, reload_now: Array | None) -> tuple[Units, None]:
         alive = units.health > 0

@@ -54,7 +54,7 @@ def see(record: SmaxRecord, params: SmaxParams, num_allies: int) -> Seen:
         record.cooldown,
         jnp.clip(record.cooldown / statistics.cooldown, 0.0, 1.0),
         unit_types,
-        (unit_types[:, None] == jnp.arange(len(UNIT_TYPES))[:, None]).astype(jnp.float32),
+        (unit_types[:, None] == jnp.arange(len(UNIT_TYPES))[None, :, None]).astype(jnp.float32),
         record.last_actions.astype(jnp.int32),
         statistics,
     )
