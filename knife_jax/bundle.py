@@ -1,6 +1,6 @@
 """Many numbers as one array with names, so that loops and branches carry one array and the compiler has one kernel to make for it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,12 @@ class Bundle:
     def unpacked(self) -> dict[str, Any]:
         """`{name: [...]}`."""
         return {name: self.values[..., index] for index, name in enumerate(self.names)}
+
+
+def blank(names: Iterable[str], value: float = 0.0) -> Bundle:
+    """One number under every name, in the order of `bundled`."""
+    names = tuple(sorted(names))
+    return Bundle(names, jnp.full(len(names), value, jnp.float32))
 
 
 def bundled(numbers: Mapping[str, Float[Array, ""]]) -> Bundle:

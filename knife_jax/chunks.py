@@ -83,8 +83,7 @@ class Pieces:
         """A task's first step."""
         hyper = self._hyper(swept)
         state = self.program.begin_task(state, place[1], hyper)
-        period = new_period()
-        return Carry(state, period, self.program.no_metrics(state, period, hyper))
+        return Carry(state, new_period(), self.program.no_metrics(state))
 
     def advance(self, carry: Carry, swept: Swept, place: Place, rounds: Int[Array, ""]) -> tuple[Carry, Rows]:
         """So many rounds, at most `most_rounds` and not beyond the task, with the evaluations that come before any of them."""

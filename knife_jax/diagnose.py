@@ -21,6 +21,12 @@ def blank_masks(networks: Networks) -> Masks:
     return {layer.name: jnp.zeros((*layer.stack, layer.size), bool) for layer in networks.graph.layers}
 
 
+def names(networks: Networks) -> list[str]:
+    """The names of what `diagnose` measures, without computing anything."""
+    overlaps = [f"{layer.name}/overlap" for layer in networks.graph.layers]
+    return [f"plasticity/{name}" for name in diagnostics.measure_names(networks.graph) + overlaps]
+
+
 def diagnose(
     key: PRNGKeyArray, learned: LearnerState, networks: Networks, stored: replay.ReplayState, plan: Plan, hyper: Hyper, before: Masks
 ) -> tuple[Metrics, Masks]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from envs.wrappers import AutoReset
 from knife_jax import collect, diagnose, learner, replay
-from knife_jax.bundle import Bundle, bundled
+from knife_jax.bundle import Bundle, blank, bundled
 from knife_jax.config import Config
 from knife_jax.learner import LearnerState, Metrics
 from knife_jax.model import Hyper, Networks, States, make_networks
@@ -164,10 +164,11 @@ class Program:
         measures, stagnant = self._diagnose(jax.random.fold_in(state.key, _DIAGNOSIS), state, hyper)
         return state._replace(stagnant=stagnant), metrics | measures
 
-    def no_metrics(self, state: RunnerState, period: Period, hyper: Hyper) -> Bundle:
+    def no_metrics(self, state: RunnerState) -> Bundle:
         """What stands for the metrics of `end_period` before a task's first step: NaN."""
-        shapes = jax.eval_shape(self.end_period, state, period, hyper)[1]
-        return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype), shapes)
+        names = [f"train/{name}" for name in (*collect.METRICS, *learner.METRICS)] + [f"cure/{name}" for name in state.learner.report]
+        metrics = blank(names, jnp.nan)
+        return metrics | blank(diagnose.names(self.networks), jnp.nan) if self._diagnoses else metrics
 
     def _diagnose(self, key: PRNGKeyArray, state: RunnerState, hyper: Hyper) -> tuple[Bundle, diagnose.Masks]:
         """What the hidden units are like; NaN before there is enough to learn from."""
@@ -178,7 +179,7 @@ class Program:
             return bundled(measures), stagnant
 
         def unknown() -> tuple[Bundle, diagnose.Masks]:
-            return jax.tree.map(lambda shape: jnp.full(shape.shape, jnp.nan), jax.eval_shape(measured)[0]), state.stagnant
+            return blank(diagnose.names(self.networks), jnp.nan), state.stagnant
 
         return jax.lax.cond(self._can_learn(state.replay), measured, unknown)
 
@@ -273,7 +274,7 @@ class Program:
             return learning, Bundle(of_updates.names, of_updates.values.sum(axis=0))
 
         def skip() -> tuple[Learning, Bundle]:
-            return start, _zeros(learner.METRICS)
+            return start, blank(learner.METRICS)
 
         return jax.lax.cond(self._can_learn(stored), learn, skip)
 
@@ -292,7 +293,7 @@ def make_program(config: Config) -> Program:
 
 def new_period() -> Period:
     """Nothing added up yet."""
-    return Period(_zeros(collect.METRICS), _zeros(learner.METRICS), jnp.zeros((), jnp.int32))
+    return Period(blank(collect.METRICS), blank(learner.METRICS), jnp.zeros((), jnp.int32))
 
 
 def make_row(state: RunnerState, place: Place, evaluated: Metrics, since_last: Bundle) -> Row:
@@ -314,10 +315,6 @@ def _train_metrics(period: Period) -> Metrics:
     metrics |= {name: played[name] / episodes for name in ("return", "won", "length")}
     metrics |= {name: played[name] for name in ("episodes", "env_steps", "epsilon")}
     return {f"train/{name}": value for name, value in metrics.items()}
-
-
-def _zeros(names: tuple[str, ...]) -> Bundle:
-    return Bundle(names, jnp.zeros(len(names)))
 
 
 def _blank(shapes: Any) -> Any:

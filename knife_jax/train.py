@@ -16,7 +16,7 @@ from knife_jax.bundle import Bundle
 from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
-from knife_jax.program import Place, Program, Row, RunnerState, make_program, make_row, new_period
+from knife_jax.program import Place, Program, Row, RunnerState, make_program, make_row
 
 Callback = Callable[[dict[str, np.ndarray]], None]
 Emit = Callable[[dict[str, Array]], Any]
@@ -92,7 +92,7 @@ def _train_on_task(
         return program.train_rounds(state, task, hyper), row
 
     begun = program.begin_task(state, task, hyper)
-    nothing_yet = program.no_metrics(begun, new_period(), hyper)
+    nothing_yet = program.no_metrics(begun)
     (state, since_last), rows = jax.lax.scan(one_period, (begun, nothing_yet), length=program.plan.evaluations_per_task)
     state, everywhere = program.evaluate_all(state)
     here = jax.tree.map(lambda values: values[task], everywhere)

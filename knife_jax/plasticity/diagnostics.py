@@ -20,6 +20,12 @@ STATISTICS = ("absolute", "absolute_gradient", "gram")
 MIXING_STATISTICS = ("saturated", "slope")
 """Those that it needs of a monotone mixing layer."""
 
+SHARES = ("stagnant", "volatile", "dormant", "inactive")
+NORMS = ("weight_norm", "grad_norm")
+RANKS = ("effective_rank", "stable_rank", "rank_99")
+OPENNESS = ("saturated", "saturation", "openness")
+"""What `measure` tells: shares and norms of layers and networks, ranks of layers, and of a monotone mixing layer how open it is."""
+
 Measures = dict[str, Float[Array, ""]]
 
 
@@ -77,10 +83,23 @@ def measure(
     if graph.mixing is not None:
         measures |= {f"{graph.mixing.name}/{name}": value for name, value in openness(taps[graph.mixing.name]).items()}
     measures |= _network_shares(graph, measures)
-    for name, (tree, whole) in {"weight_norm": (params, leaves), "grad_norm": (grads, slopes)}.items():
-        networks = dict.fromkeys(path[0] for path in whole) if len({layer.network for layer in graph.layers}) > 1 else ()
-        measures |= {f"{network}/{name}": optax.tree.norm(tree[network]) for network in networks}
+    for name, tree in zip(NORMS, (params, grads), strict=True):
+        measures |= {f"{network}/{name}": optax.tree.norm(tree[network]) for network in _several_networks(graph)}
     return measures, {name: scores.stagnant(values, limits.stagnant) for name, values in relative.items()}
+
+
+def measure_names(graph: Graph) -> list[str]:
+    """The names that `measure` gives, without computing anything."""
+    names = [f"{layer.name}/{name}" for layer in graph.layers for name in (*SHARES, *NORMS, *RANKS)]
+    if graph.mixing is not None:
+        names += [f"{graph.mixing.name}/{name}" for name in OPENNESS]
+    return names + [f"{network}/{name}" for network in _several_networks(graph) for name in (*SHARES, *NORMS)]
+
+
+def _several_networks(graph: Graph) -> tuple[str, ...]:
+    """The networks that have layers, if they are more than one."""
+    networks = tuple(dict.fromkeys(layer.network for layer in graph.layers))
+    return networks if len(networks) > 1 else ()
 
 
 def openness(measured: tapping.Tap) -> Measures:
@@ -98,11 +117,10 @@ def _norm(leaves: Any, layer: NeuronLayer) -> Array:
 def _network_shares(graph: Graph, measures: Measures) -> Measures:
     """The shares of every network's units together."""
     shares: Measures = {}
-    networks = dict.fromkeys(layer.network for layer in graph.layers)
-    for network in networks if len(networks) > 1 else ():
+    for network in _several_networks(graph):
         layers = [layer for layer in graph.layers if layer.network == network]
         sizes = [layer.size * math.prod(layer.stack) for layer in layers]
-        for name in ("stagnant", "volatile", "dormant", "inactive"):
+        for name in SHARES:
             parts = (size * measures[f"{layer.name}/{name}"] for layer, size in zip(layers, sizes, strict=True))
             shares[f"{network}/{name}"] = sum(parts, jnp.zeros(())) / sum(sizes)
     return shares
