@@ -118,7 +118,7 @@ def _gradient_step_without_cure(params, target, opt_state, networks, batch, hype
 
     grads, metrics = jax.grad(objective, has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+    return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": learner.global_norm(grads)}
 
 
 def primed(config):
