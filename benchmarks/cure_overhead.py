@@ -93,7 +93,8 @@ def prepare(game: str, case: Case) -> Prepared:
     hyper, key = config.hyper, jax.random.key(0)
     state = jax.jit(lambda key: program.begin_task(program.init(key, hyper), jnp.int32(0), hyper))(key)
     started = time.process_time()
-    run = compile_training(jax.jit(lambda state: program.train_rounds(state, jnp.int32(0), hyper)[0]).lower(state))
+    lowered = jax.jit(lambda state: program.train_rounds(state, jnp.int32(0), hyper)[0]).lower(state)
+    run = compile_training(lowered, program.plan.samples_per_update)
     compiled_in = time.process_time() - started
     while int(state.counters.updates) == 0:
         state = run(state)

@@ -136,7 +136,8 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / 2)), 16)
     networks, data = make_light(keys[1], learned.params, program.plan.sequence_slots, settings.batch_size, program.networks.env.num_agents)
     steps = compile_training(
-        jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0])
+        jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0]),
+        program.plan.samples_per_update,
     )
     bare = jax.jit(lambda networks, data: repeated(inside, networks, data))
     light = compile_wide(bare.lower(networks, data))

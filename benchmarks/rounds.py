@@ -43,7 +43,8 @@ class Rounds:
         wall, cpu = time.perf_counter(), time.process_time()
         start = jax.jit(begin)
         self._start = compile_quickly(start.lower(self._keys))
-        self._advance = compile_training(jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys)))
+        lowered = jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys))
+        self._advance = compile_training(lowered, program.plan.samples_per_update)
         self.compile_wall, self.compile_cpu = time.perf_counter() - wall, time.process_time() - cpu
 
     @property

@@ -60,8 +60,9 @@ def configuration(settings: argparse.Namespace, env_steps: int) -> Config:
 def chunks_row(config: Config, seeds: int, repeats: int) -> Row:
     """The single program and the host's loop, in turn."""
     keys = runner.seed_keys(seeds)
-    single = compile_training(jax.jit(jax.vmap(make_train(config))).lower(keys))
-    compiled = compile_pieces(Pieces(make_program(config)), keys, {}, seeds_mesh(1))
+    program = make_program(config)
+    single = compile_training(jax.jit(jax.vmap(make_train(config))).lower(keys), program.plan.samples_per_update)
+    compiled = compile_pieces(Pieces(program), keys, {}, seeds_mesh(1))
     programs: dict[str, Callable[[int], Any]] = {
         "single": lambda _: jax.device_get(single(keys)),
         "chunks": lambda _: Loop(compiled, [Batch(keys, seeds, {})]).run(),

@@ -61,3 +61,34 @@ def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return whole
+
+
+def apart_over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`apart` for a function of many rows, each of which it looks at by itself: what is vmapped from outside becomes more rows.
+
+    Args:
+        function: of a pytree of arrays `[N, ...]` and one that all rows share, neither closing over anything that is traced; returns a
+            pytree of arrays `[N, ...]`. Where what is shared differs over the vmapped axis, it is vmapped as it is.
+    """
+
+    @custom_vmap
+    def whole(rows: Any, shared: Any) -> Any:
+        return apart(function)(rows, shared)
+
+    @whole.def_vmap
+    def merged(axis_size: int, in_batched: Any, rows: Any, shared: Any) -> tuple[Any, Any]:
+        if any(jax.tree.leaves(in_batched[1])):
+            axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+            outputs = jax.vmap(apart_under_vmap(function), in_axes=axes, axis_size=axis_size)(rows, shared)
+        else:
+            outputs = whole(jax.tree.map(partial(_all_rows, axis_size), rows, in_batched[0]), shared)
+            outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), outputs)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return whole
+
+
+def _all_rows(axis_size: int, leaf: jax.Array, batched: bool) -> jax.Array:
+    """Rows `[axis_size N, ...]` of `[axis_size, N, ...]`, or of `[N, ...]` that are the same for all."""
+    many = leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+    return many.reshape(many.shape[0] * many.shape[1], *many.shape[2:])

@@ -86,8 +86,9 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: hosts.placed(leaf, NamedSharding(mesh, PartitionSpec(SEEDS))), tree)
 
-    once, always = compile_quickly, compile_training
-    return Compiled(pieces, carry, placed, once(init), once(begin), always(advance), once(finish))
+    always, samples = compile_training, pieces.program.plan.samples_per_update
+    once = compile_quickly
+    return Compiled(pieces, carry, placed, once(init), once(begin), always(advance, samples), once(finish))
 
 
 def specs(axes: Any) -> Any:

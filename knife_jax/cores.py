@@ -12,6 +12,9 @@ FLAG = "xla_force_host_platform_device_count"
 WIDTH = "xla_cpu_prefer_vector_width"
 LEVEL, EMITTERS = "xla_backend_optimization_level", "xla_cpu_use_fusion_emitters"
 
+MANY_SAMPLES = 1024
+"""From how many samples a gradient step's products outweigh what the optimizer does to every weight."""
+
 
 def compile_wide(lowered: Lowered) -> Compiled:
     """Compiles with `compiler_options()`; a program with an arctangent without them.
@@ -30,33 +33,35 @@ def _compile(lowered: Lowered, more: dict[str, Any]) -> Compiled:
     return lowered.compile(options or None)
 
 
-def compile_training(lowered: Lowered) -> Compiled:
-    """Compiles rounds of training, as `compile_wide` does but in three quarters to four fifths of the time.
+def compile_training(lowered: Lowered, samples: int = 0) -> Compiled:
+    """Compiles rounds of training, as `compile_wide` does but in half to four fifths of the time.
 
-    On processors with less of LLVM's optimizing. Whole rounds lose nothing by it; games alone take up to a third longer. What `XLA_FLAGS`
-    say of it stays.
+    On processors with less of LLVM's optimizing, and from `MANY_SAMPLES` on with XLA's earlier emitters of kernels: they do not vectorise
+    what is computed in its own place, such as a weight's next value, and are for gradient steps to which that matters little. Whole rounds
+    lose nothing by either; games alone take up to a third longer. What `XLA_FLAGS` say of it stays.
 
     Args:
         lowered: what `jax.jit(function).lower(...)` gives.
+        samples: of each gradient step, `Plan.samples_per_update`.
     """
-    return _compile(lowered, training_options())
+    return _compile(lowered, training_options(samples))
 
 
 def compile_quickly(lowered: Lowered) -> Compiled:
     """Compiles what runs once for every task, as `compile_training` does but in two thirds of the time.
 
-    On processors with XLA's earlier emitters of kernels too: diagnostics, and optimizers of many seeds side by side, take several times
-    as long then, but drawing networks, starting games and evaluating take no longer. What `XLA_FLAGS` say of it stays.
+    On processors with XLA's earlier emitters of kernels whatever the samples: drawing networks, starting games and evaluating take no
+    longer with them. What `XLA_FLAGS` say of it stays.
 
     Args:
         lowered: what `jax.jit(function).lower(...)` gives.
     """
-    return _compile(lowered, training_options() | _unless_told({EMITTERS: False}))
+    return _compile(lowered, training_options(MANY_SAMPLES))
 
 
-def training_options() -> dict[str, Any]:
-    """What XLA is told of rounds of training, beside `compiler_options()`."""
-    return _unless_told({LEVEL: 1})
+def training_options(samples: int) -> dict[str, Any]:
+    """What XLA is told of rounds of training with so many samples in a gradient step, beside `compiler_options()`."""
+    return _unless_told({LEVEL: 1} | ({EMITTERS: False} if samples >= MANY_SAMPLES else {}))
 
 
 def _unless_told(options: dict[str, Any]) -> dict[str, Any]:

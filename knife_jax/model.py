@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from envs.apart import apart_under_vmap
+from envs.apart import apart_over_rows
 from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
 from knife_jax.networks import agents, mixers
@@ -138,11 +138,14 @@ def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[A
     """
     if len(networks.tasks.names) == 1:
         only = jnp.int32(0)
-    render = jax.vmap(networks.env.observe, in_axes=(0, 0 if only is None else None))
-    whole = apart_under_vmap(lambda record, task: render(record, networks.tasks.at(task)))
     axes = task.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(axes) :]), record)
-    seen = whole(flat, task.reshape(-1) if only is None else only)
+    if only is None:
+        each = jax.vmap(lambda record, task: networks.env.observe(record, networks.tasks.at(task)))
+        seen = apart_over_rows(lambda rows, _: each(*rows))((flat, task.reshape(-1)), ())
+    else:
+        render = jax.vmap(networks.env.observe, in_axes=(0, None))
+        seen = apart_over_rows(lambda rows, task: render(rows, networks.tasks.at(task)))(flat, only)
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), seen)
 
 

@@ -22,6 +22,7 @@ class Plan(NamedTuple):
         rounds_per_evaluation: rounds between two evaluations.
         evaluations_per_task: evaluations after the one before the task's first step.
         round_env_steps: slots collected per round, over all environments.
+        samples_per_update: observations that a gradient step passes through the agents' network.
     """
 
     rollout_length: int
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     rounds_per_evaluation: int
     evaluations_per_task: int
     round_env_steps: int
+    samples_per_update: int
 
     @property
     def env_steps_per_task(self) -> int:
@@ -150,7 +152,8 @@ def make_plan(config: Config, env: Environment) -> Plan:
             f"train.env_steps_per_task: {config.train.env_steps_per_task} slots end before the first gradient step, for which the replay "
             f"must hold {needed} (train.learning_starts_env_steps, and a sequence per batch entry and per environment)"
         )
-    return Plan(rollout_length, ring_capacity, sequence_slots, stride, needed, rounds, per_task, round_env_steps)
+    samples = replay.batch_size * sequence_slots * env.num_agents
+    return Plan(rollout_length, ring_capacity, sequence_slots, stride, needed, rounds, per_task, round_env_steps, samples)
 
 
 def _ring_capacity(config: Config, rollout_length: int) -> int:

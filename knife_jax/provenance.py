@@ -12,8 +12,12 @@ import jax
 from knife_jax.cores import compiler_options, training_options
 
 
-def environment_facts() -> dict[str, Any]:
-    """What a result file must say about where it came from: versions, device, processor, code revision."""
+def environment_facts(samples: int = 0) -> dict[str, Any]:
+    """What a result file must say about where it came from: versions, device, processor, code revision.
+
+    Args:
+        samples: `Plan.samples_per_update` of what was trained, which settles how it was compiled.
+    """
     packages = ("knife-jax", "jax", "jaxlib", "flax", "optax", "distrax", "jaxmarl", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
@@ -22,7 +26,7 @@ def environment_facts() -> dict[str, Any]:
         "process_count": jax.process_count(),
         "processor": platform.processor() or platform.machine(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "compiler_options": compiler_options() | training_options(),
+        "compiler_options": compiler_options() | training_options(samples),
         "revision": _revision(),
     }
 

@@ -85,7 +85,7 @@ class RunDirectory:
         else:
             hosts.first_does(self._create)
         if wandb.mode != "disabled" and hosts.is_first():
-            facts = {**self._identity, "provenance": environment_facts()}
+            facts = {**self._identity, "provenance": environment_facts(pieces.program.plan.samples_per_update)}
             self._wandb = WandbLog(wandb, path, facts)
 
     def _create(self) -> None:

@@ -184,7 +184,7 @@ def run_part(
 
     def results_of(learned: Sequence[Learned], seconds: float) -> dict[str, RunResult]:
         times = {"compile_seconds": round(compiled_at - started, 3), "run_seconds": round(seconds, 3)}
-        provenance = {**setting, **times, **environment_facts()}
+        provenance = {**setting, **times, **environment_facts(pieces.program.plan.samples_per_update)}
         return _results(pieces, chosen, seeds, learned, provenance)
 
     if directory is None:

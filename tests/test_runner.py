@@ -41,7 +41,8 @@ def tolerance(name):
 def single(compile_once):
     """The single program, for two seeds."""
     keys = runner.seed_keys(2)
-    return compile_training(jax.jit(jax.vmap(make_train(SMALL))).lower(keys))(keys)
+    samples = make_program(resolve(SMALL)).plan.samples_per_update
+    return compile_training(jax.jit(jax.vmap(make_train(SMALL))).lower(keys), samples)(keys)
 
 
 @pytest.mark.parametrize("options", [{"chunk_rounds": 1}, {"chunk_rounds": 7}, {}], ids=str)

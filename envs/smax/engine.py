@@ -45,10 +45,12 @@ def picked(rows: Float[Array, "R b"], index: Int[Array, "U B"]) -> Float[Array, 
 
 def statistics_of(statistics: UnitStatistics, unit_types: Int[Array, "N B"], num_allies: int) -> UnitStatistics:
     """The statistics of every unit, `[N, B]` each."""
-    tables = jnp.stack(statistics, axis=1)
-    teams = zip(tables, (unit_types[:num_allies], unit_types[num_allies:]), strict=True)
-    found = jnp.concatenate([jax.vmap(picked, in_axes=(0, None))(table, types) for table, types in teams], axis=1)
-    return UnitStatistics(*found)
+    allies, enemies = jnp.stack(statistics, axis=1)[:, :, None]
+    is_ally = (jnp.arange(unit_types.shape[0]) < num_allies)[:, None]
+    found = jnp.where(is_ally, allies[:, :, 0], enemies[:, :, 0])
+    for kind in range(1, allies.shape[2]):
+        found = jnp.where(unit_types == kind, jnp.where(is_ally, allies[:, :, kind], enemies[:, :, kind]), found)
+    return UnitStatistics(*jnp.broadcast_to(found, (found.shape[0], *unit_types.shape)))
 
 
 def high_half(bits: UInt32[Array, "... B"]) -> Float[Array, "... B"]:

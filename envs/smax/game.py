@@ -258,11 +258,18 @@ _unit_list = apart(views.unit_list)
 def _observe(is_conic: bool, parts: Callable[..., Any], record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
     """The allies' views (for a conic one what `_placed` takes), the world state, the action masks."""
     agents, state, mask = parts(record, params)
+    agents, state = _joined(agents, state)
     return agents if is_conic else _unit_list(agents), state, mask
 
 
-def _parts(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, Array, Array]:
-    """What the allies' views are made of, the world state, the action masks."""
+@apart
+def _joined(agents: Any, state: tuple[Array, Array]) -> tuple[Any, Array]:
+    """Room in the lists of units, and the world state in one; copies of what is made, which XLA does not compute anew for each number."""
+    return views.with_room(agents) if isinstance(agents, views.Listed) else agents, jnp.concatenate(state)
+
+
+def _parts(env: Smax, record: SmaxRecord, params: SmaxParams) -> tuple[Any, tuple[Array, Array], Array]:
+    """What the allies' views and the world state are made of, and the action masks."""
     seen = views.see(record, params, env.num_agents)
     pairs = views.pairs_of(seen, env.num_agents)
     if env.observation_type == "conic":

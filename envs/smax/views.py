@@ -5,6 +5,7 @@ the allies; what the enemies observe is the same for a mirrored record, see `oth
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ SECTORS, UNITS_PER_SECTOR = 32, 2
 
 
 class Seen(NamedTuple):
-    """A record with what follows from it; health and cooldown are shares of their full values, `bits` the one-hot types."""
+    """A record with what follows from it; health and `reload` (the cooldown) are shares of their full values."""
 
     x: Float[Array, "N B"]
     y: Float[Array, "N B"]
@@ -28,7 +29,6 @@ class Seen(NamedTuple):
     cooldown: Float[Array, "N B"]
     reload: Float[Array, "N B"]
     unit_types: Int[Array, "N B"]
-    bits: Float[Array, "N K B"]
     actions: Int[Array, "N B"]
     statistics: UnitStatistics
 
@@ -54,7 +54,6 @@ def see(record: SmaxRecord, params: SmaxParams, num_allies: int) -> Seen:
         record.cooldown,
         jnp.clip(record.cooldown / statistics.cooldown, 0.0, 1.0),
         unit_types,
-        (unit_types[:, None] == jnp.arange(len(UNIT_TYPES))[None, :, None]).astype(jnp.float32),
         record.last_actions.astype(jnp.int32),
         statistics,
     )
@@ -82,26 +81,31 @@ class Listed(NamedTuple):
     """What lists of units are made of, see `unit_list`.
 
     Attributes:
-        features: of every unit, with positions as they are; the last unit stands there twice.
-        shown: whether each ally sees the other units, in the order of its list; 0 in the last place, which is its own.
+        features: of every unit, with positions as they are.
+        shown: whether each ally sees the other units, in the order of its list.
         own: each ally's own features, and zeros after them.
         scale: one over each ally's range of sight.
     """
 
-    features: Float[Array, "N+1 F B"]
-    shown: Float[Array, "A N B"]
+    features: Float[Array, "N F B"]
+    shown: Float[Array, "A M B"]
     own: Float[Array, "A F B"]
     scale: Float[Array, "A B"]
 
 
 def listed(seen: Seen, pairs: Pairs, params: SmaxParams, num_allies: int, map_size: tuple[float, float]) -> Listed:
     """Gathers what `unit_list` puts together."""
-    features = jnp.concatenate([jnp.concatenate([part, part[-1:]]) for part in _features(seen, params, num_allies)], axis=1)
     visible = in_sight(seen, pairs, num_allies)
     shown = jnp.where(_comes_before(num_allies, seen.x.shape[0])[:, :-1], visible[:, :-1], visible[:, 1:]).astype(jnp.float32)
-    own = jnp.pad(own_features(seen, map_size)[:num_allies], ((0, 0), (0, UNIT_FEATURES - OWN_FEATURES), (0, 0)))
+    own = own_features(seen, map_size, UNIT_FEATURES)[:num_allies]
     scale = jnp.broadcast_to(1.0 / seen.statistics.sight_range[:num_allies], own.shape[::2])
-    return Listed(features, jnp.pad(shown, ((0, 0), (0, 1), (0, 0))), own, scale)
+    return Listed(_features(seen, params, num_allies), shown, own, scale)
+
+
+def with_room(parts: Listed) -> Listed:
+    """With zeros at the end of lists, in the place of the observer itself."""
+    room = ((0, 1), (0, 0), (0, 0))
+    return parts._replace(features=jnp.pad(parts.features, room), shown=jnp.pad(parts.shown, (room[1], room[0], room[1])))
 
 
 def unit_list(parts: Listed) -> Float[Array, "A D B"]:
@@ -111,7 +115,8 @@ def unit_list(parts: Listed) -> Float[Array, "A D B"]:
     attack over the largest action, cooldown, type. For its own see `own_features`.
 
     All is one expression over `[A, N, F, B]`, whose last unit stands for the observer itself. On processors XLA's loop over the batch is
-    fast only if nothing is concatenated in it and little is computed for every feature anew: `parts` must be made apart.
+    fast only if nothing is concatenated or padded in it and little is computed for every feature anew: `parts` (see `with_room`) must be
+    made apart.
     """
     features, shown, own, scale = parts
     num_allies, num_units, size = shown.shape
@@ -163,14 +168,23 @@ def sectors(
         rank = rank + closer
     slot = jnp.where(visible & (rank < UNITS_PER_SECTOR), UNITS_PER_SECTOR * sector + rank, SECTORS * UNITS_PER_SECTOR)
     origin, scale = _frames(seen, num_allies)
-    features = (jnp.concatenate(_features(seen, params, num_allies), axis=1)[None] - origin[:, None]) * scale[:, None]
+    features = (_features(seen, params, num_allies)[None] - origin[:, None]) * scale[:, None]
     return jnp.where(visible[:, :, None], features, 0.0), slot
 
 
-def _features(seen: Seen, params: SmaxParams, num_allies: int) -> list[Float[Array, "N _ B"]]:
-    """The F features of every unit, with positions as they are, in parts along the second axis; the types are one."""
+def _features(seen: Seen, params: SmaxParams, num_allies: int) -> Float[Array, "N F B"]:
+    """The features of every unit, with positions as they are."""
     columns = seen.health, seen.x, seen.y, *_last_actions(seen, params, num_allies), seen.reload
-    return [*(column[:, None] for column in columns), seen.bits]
+    return _with_type(seen, columns, UNIT_FEATURES)
+
+
+def _with_type(seen: Seen, columns: Sequence[Float[Array, "N B"]], places: int) -> Float[Array, "N P B"]:
+    """Columns side by side, the one-hot type after them, and zeros; every place compares, as XLA does not vectorise a concatenation."""
+    place = jnp.arange(places)[None, :, None]
+    found = (seen.unit_types[:, None] == place - len(columns)).astype(jnp.float32)
+    for number, column in enumerate(columns):
+        found = jnp.where(place == number, column[:, None], found)
+    return found
 
 
 def _last_actions(seen: Seen, params: SmaxParams, num_allies: int) -> tuple[Array, Array, Array]:
@@ -186,14 +200,13 @@ def _last_actions(seen: Seen, params: SmaxParams, num_allies: int) -> tuple[Arra
     return move_x, move_y, attack
 
 
-def own_features(seen: Seen, map_size: tuple[float, float]) -> Float[Array, "N O B"]:
-    """Health, position over the map's size (x, y), cooldown, type; all 0 if the unit is dead."""
-    return _own(seen, seen.x / map_size[0], seen.y / map_size[1], seen.reload)
+def own_features(seen: Seen, map_size: tuple[float, float], places: int = OWN_FEATURES) -> Float[Array, "N P B"]:
+    """Health, position over the map's size (x, y), cooldown, type, zeros; all 0 if the unit is dead."""
+    return _own(seen, (seen.health, seen.x / map_size[0], seen.y / map_size[1], seen.reload), places)
 
 
-def _own(seen: Seen, x: Array, y: Array, cooldown: Array) -> Float[Array, "N O B"]:
-    parts = *(column[:, None] for column in (seen.health, x, y, cooldown)), seen.bits
-    return jnp.concatenate([jnp.where(seen.alive[:, None], part, 0.0) for part in parts], axis=1)
+def _own(seen: Seen, columns: Sequence[Array], places: int = OWN_FEATURES) -> Float[Array, "N P B"]:
+    return jnp.where(seen.alive[:, None], _with_type(seen, columns, places), 0.0)
 
 
 def action_mask(seen: Seen, pairs: Pairs, num_allies: int) -> Bool[Array, "A U B"]:
@@ -205,13 +218,16 @@ def action_mask(seen: Seen, pairs: Pairs, num_allies: int) -> Bool[Array, "A U B
     return jnp.concatenate([moves, jnp.ones_like(moves[:, :1]), attacks], axis=1)
 
 
-def world_state(seen: Seen, num_allies: int, map_size: tuple[float, float], legacy: bool) -> Float[Array, "G B"]:
-    """Every unit's own features, then its team (0 or 1), then its type over the largest type; G = N (4 + K + 2).
+def world_state(
+    seen: Seen, num_allies: int, map_size: tuple[float, float], legacy: bool
+) -> tuple[Float[Array, "O B"], Float[Array, "P B"]]:
+    """Two parts, one after another: every unit's own features; its team (0 or 1), then its type over the largest type, G = N (4 + K + 2).
 
     In JaxMARL (`legacy`) positions, cooldowns and types are not normalised, and a cooldown goes below 0 without bound.
     """
-    own = _own(seen, seen.x, seen.y, seen.cooldown) if legacy else own_features(seen, map_size)
+    own = _own(seen, (seen.health, seen.x, seen.y, seen.cooldown)) if legacy else own_features(seen, map_size)
     num_units, size = seen.x.shape
-    teams = jnp.broadcast_to((jnp.arange(num_units) >= num_allies).astype(jnp.float32)[:, None], (num_units, size))
+    teams = (jnp.arange(num_units) >= num_allies).astype(jnp.float32)[:, None]
     kinds = seen.unit_types.astype(jnp.float32) / (1 if legacy else len(UNIT_TYPES) - 1)
-    return jnp.concatenate([own.reshape(-1, size), teams, kinds])
+    is_team = (jnp.arange(2) == 0)[:, None, None]
+    return own.reshape(-1, size), jnp.where(is_team, teams, kinds).reshape(-1, size)

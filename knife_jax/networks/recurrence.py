@@ -10,11 +10,13 @@ Shapes: T steps, *N any batch axes, H units.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 from jaxtyping import Bool, Float
 
 Gates = tuple[Array, Array, Array]
@@ -86,39 +88,70 @@ def recur(
         kernel: the recurrent weights of the three gates r, z and n, one after another on the last axis.
         bias: their biases.
     """
-    return _forward(projected, starts, hidden, kernel, bias)[0]
+    return _forward(projected, starts, hidden, kernel, bias, keep=False)[0]
 
 
-def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, Gates, Array]:
-    """States, gates and what the state gave to the candidate, all `[T, N, H]`.
+def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array, keep: bool) -> tuple[Array, ...]:
+    """States after every step; with `keep` also the gates r, z and n, and what the state gave to n before r. All `[T, N, H]`.
 
-    A gate takes the place of what the inputs gave to it, which saves a pass through memory that makes room for it.
+    Gates take the places of what the inputs gave to them, which saves the passes through memory that make room for them, and a step reads
+    the state from among those of all steps, which saves its copy: the state before the first step stands in the last one's place until
+    then. Nothing is added up in its own place, which XLA's earlier emitters do not vectorise on processors.
     """
+    steps = jnp.uint32(starts.shape[0])
     of_inputs = _by_gate(projected.bias[None])
+    at, put = _along(0)
 
-    def one_step(carry: tuple[Array, Gates], step: tuple[Array, Array]) -> tuple[tuple[Array, Gates], tuple[Array, Array]]:
-        state, (reset, update, candidate) = carry
-        index, start = step
+    def one_step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        index, states, *kept = carry
+        before = at(states, jnp.where(index == 0, steps, index) - 1)
+        state = jnp.where(at(starts, index)[:, None], 0.0, before)
+        r, z, n, m = _gates(given(index, kept), _by_gate(state @ kernel + bias[None]))
+        states = put(states, (1 - z) * n + z * state, index)
+        return index + 1, states, *map(lambda gate, value: put(gate, value, index), kept, (r, z, n, m))
 
-        def at(gate: Array, bias: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(gate, index, keepdims=False) + bias
+    def given(index: Array, kept: list[Array]) -> Gates:
+        r, z, n = (at(gate, index) + bias for gate, bias in zip(kept[:3] or projected.gates, of_inputs, strict=True))
+        return r, z, n
 
-        def put(gate: Array, values: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(gate, values, index, 0)
+    room = jnp.zeros((starts.shape[0], *hidden.shape), hidden.dtype)
+    first = jnp.uint32(0), room.at[-1].set(hidden), *((*projected.gates, room) if keep else ())
+    return jax.lax.while_loop(lambda carry: carry[0] < steps, one_step, first)[1:]
 
-        state = jnp.where(start[:, None], 0.0, state)
-        given = at(reset, of_inputs[0]), at(update, of_inputs[1]), at(candidate, of_inputs[2])
-        r, z, n, recalled = _gates(given, _by_gate(state @ kernel + bias[None]))
-        state = (1 - z) * n + z * state
-        return (state, (put(reset, r), put(update, z), put(candidate, n))), (state, recalled)
 
-    (_, gates), (states, recalled) = jax.lax.scan(one_step, (hidden, projected.gates), (jnp.arange(starts.shape[0]), starts))
-    return states, gates, recalled
+@cache
+def _along(axis: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Reads, and puts, what there is at a step of an axis.
+
+    Under `vmap` JAX makes gathers and scatters of slices, even where all are taken at one place, and XLA checks every number of a scatter.
+    """
+
+    @custom_vmap
+    def at(steps: Array, index: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(steps, index, axis, keepdims=False)
+
+    @at.def_vmap
+    def read(axis_size: int, in_batched: list[bool], steps: Array, index: Array) -> tuple[Array, bool]:
+        assert not in_batched[1]
+        return _along(axis + 1)[0](steps, index), True
+
+    @custom_vmap
+    def put(steps: Array, value: Array, index: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(steps, value, index, axis)
+
+    @put.def_vmap
+    def written(axis_size: int, in_batched: list[bool], steps: Array, value: Array, index: Array) -> tuple[Array, bool]:
+        assert not in_batched[2]
+        both = zip((steps, value), in_batched, strict=False)
+        whole = (leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)) for leaf, batched in both)
+        return _along(axis + 1)[1](*whole, index), True
+
+    return at, put
 
 
 def _saved(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    states, gates, recalled = _forward(projected, starts, hidden, kernel, bias)
-    return states, (states, *gates, recalled, starts, hidden, kernel)
+    states, *gates = _forward(projected, starts, hidden, kernel, bias, keep=True)
+    return states, (states, *gates, starts, hidden, kernel)
 
 
 def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Projected, None, Array, Array, Array]:
