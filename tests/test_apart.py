@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.apart import apart, apart_under_vmap
+from envs.apart import apart, apart_over_rows, apart_under_vmap
 
 
 def _scaled(numbers, factor):
@@ -51,3 +51,27 @@ def test_it_stands_in_shard_map():
     function = apart(lambda numbers, factor: (numbers * factor, factor + 1.0))
     spread = jax.shard_map(function, mesh=mesh, in_specs=(over, same), out_specs=(over, same))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(spread)(jnp.arange(3.0), jnp.float32(2.0)), (jnp.array([0.0, 2.0, 4.0]), 3.0))
+
+
+def test_over_rows_what_is_vmapped_becomes_more_rows():
+    """Over none, one and two axes, of the rows or of what they share: the same results, of one call of all rows if these share it."""
+    numbers, factors = jnp.arange(24.0).reshape(2, 3, 4), jnp.arange(1.0, 3.0)
+    rows_seen = []
+
+    def scaled(rows, factor):
+        rows_seen.append(len(rows))
+        return {"product": rows * factor, "sums": (rows + factor)[:, None]}
+
+    function = apart_over_rows(scaled)
+    cases = {
+        "alone": (lambda f: f, numbers[0, 0], factors[0], 4),
+        "one axis": (lambda f: jax.vmap(f, in_axes=(0, None)), numbers[0], factors[0], 12),
+        "two axes": (lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None)), in_axes=(0, None)), numbers, factors[0], 24),
+        "the factor's": (lambda f: jax.vmap(f, in_axes=(None, 0)), numbers[0, 0], factors, 4),
+        "both": (lambda f: jax.vmap(jax.vmap(f, in_axes=(0, None))), numbers, factors, 12),
+    }
+    for name, (mapped, rows, factor, many) in cases.items():
+        rows_seen.clear()
+        ours = jax.jit(mapped(function))(rows, factor)
+        jax.tree.map(np.testing.assert_array_equal, ours, mapped(scaled)(rows, factor))
+        assert many in rows_seen, name
