@@ -102,13 +102,13 @@ def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, 
     of_inputs = _by_gate(projected.bias[None])
     at, put = _along(0)
 
-    def one_step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def one_step(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
         index, states, *kept = carry
         before = at(states, jnp.where(index == 0, steps, index) - 1)
         state = jnp.where(at(starts, index)[:, None], 0.0, before)
         r, z, n, m = _gates(given(index, kept), _by_gate(state @ kernel + bias[None]))
         states = put(states, (1 - z) * n + z * state, index)
-        return index + 1, states, *map(lambda gate, value: put(gate, value, index), kept, (r, z, n, m))
+        return (index + 1, states, *map(lambda gate, value: put(gate, value, index), kept, (r, z, n, m))), None
 
     def given(index: Array, kept: list[Array]) -> Gates:
         r, z, n = (at(gate, index) + bias for gate, bias in zip(kept[:3] or projected.gates, of_inputs, strict=True))
@@ -116,7 +116,8 @@ def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, 
 
     room = jnp.zeros((starts.shape[0], *hidden.shape), hidden.dtype)
     first = jnp.uint32(0), room.at[-1].set(hidden), *((*projected.gates, room) if keep else ())
-    return jax.lax.while_loop(lambda carry: carry[0] < steps, one_step, first)[1:]
+    last, _ = jax.lax.scan(one_step, first, length=starts.shape[0])
+    return last[1:]
 
 
 @cache
