@@ -12,8 +12,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "slow and not computes"
-	KNIFE_JAX_FAST_CODE=1 $(BIN)/python -m pytest -n 2 -m "slow and computes"
+	$(BIN)/python -m pytest -n 2 -m "slow and not computes" -o addopts="--strict-markers"
+	KNIFE_JAX_FAST_CODE=1 $(BIN)/python -m pytest -n 2 -m "slow and computes" -o addopts="--strict-markers"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

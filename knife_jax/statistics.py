@@ -3,11 +3,11 @@
 Shapes: S and Z seeds, T thresholds, M metrics.
 """
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 _RESAMPLES = 2000
 
@@ -41,6 +41,8 @@ def iqm(values: Float[np.ndarray, "..."], axis: int = -1) -> np.ndarray:
     References:
         Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
     """
+    from scipy import stats  # here and below, not above: importing it takes as long as importing JAX
+
     return np.asarray(stats.trim_mean(values, 0.25, axis=axis))
 
 
@@ -60,6 +62,8 @@ def mean_estimate(values: Float[np.ndarray, "S"]) -> Estimate:
     """
     kept = values[np.isfinite(values)]
     if kept.size and np.isin(kept, (0.0, 1.0)).all():
+        from scipy import stats
+
         interval = stats.binomtest(int(kept.sum()), kept.size).proportion_ci(method="wilson")
         return Estimate(float(kept.mean()), float(interval.low), float(interval.high))
     return _bootstrap(values, np.mean)
@@ -125,6 +129,8 @@ def _bootstrap(values: np.ndarray, statistic: object) -> Estimate:
         return Estimate(point, np.nan, np.nan)
     if np.ptp(kept) == 0:
         return Estimate(point, point, point)
+    from scipy import stats
+
     result = stats.bootstrap((kept,), statistic, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0))
     return Estimate(point, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
@@ -140,5 +146,5 @@ def normal_estimates(values: Float[np.ndarray, "M S"]) -> list[Estimate]:
     mean = np.divide(np.where(finite, values, 0.0).sum(axis=1), count, out=np.full(len(values), np.nan), where=count > 0)
     square = np.where(finite, (values - mean[:, None]) ** 2, 0.0).sum(axis=1)
     error = np.sqrt(np.divide(square, count * (count - 1.0), out=np.full(len(values), np.nan), where=count > 1))
-    half = stats.norm.ppf(0.975) * error
+    half = NormalDist().inv_cdf(0.975) * error
     return [Estimate(*map(float, numbers)) for numbers in zip(mean, mean - half, mean + half, strict=True)]

@@ -16,6 +16,7 @@ if os.environ.get("KNIFE_JAX_FAST_CODE") != "1":
 os.environ["KNIFE_JAX_CACHE"] = "off"  # no test may depend on what an earlier run left behind
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.devices()  # so that no command called from a test changes how many there are
+gc.set_threshold(200_000, 10, 10)  # tracing makes millions of objects and few cycles; looking for these took a tenth of the suite
 
 
 MAPPINGS = Path("/proc/self/maps")

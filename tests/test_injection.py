@@ -81,6 +81,7 @@ def test_the_fourth_injection_finds_no_room():
 
 
 @pytest.mark.slow
+@pytest.mark.computes
 def test_what_the_references_flag_on_healthy_and_collapsed_networks():
     """The layer's mean flags half of a healthy network here and cannot tell a collapsed one apart; the layer's own history can."""
     healthy_won, healthy = stagnation_references.last_window({"env": {"name": "matrix", "scenario": "paper"}}, 8)

@@ -379,6 +379,7 @@ CURE = {
 NO_CURE = {"name": "none", "diagnostics": False}
 
 
+@pytest.mark.slow
 def test_agents_at_play_do_not_notice():
     """Through `make_train` with a learning rate of nothing, KNIFE on all agent units in the middle of one long episode: the run without.
 

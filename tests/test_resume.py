@@ -167,6 +167,7 @@ runner.run(resolve(eval(sys.argv[1])), out=Path(sys.argv[2]), saving=Saving(ever
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(whole, tmp_path, compile_once):
     """In the middle of a checkpoint: the process is gone with the signal's status, and the run goes on from the one before."""
     out = tmp_path / "out"

@@ -20,9 +20,8 @@ HEURISTIC = {
 THEIRS = 512
 OURS = 2048
 
-per_scenario = pytest.mark.parametrize(
-    "scenario", [name if name == "3m" else pytest.param(name, marks=pytest.mark.slow) for name in RANDOM]
-)
+pytestmark = [pytest.mark.slow, pytest.mark.computes]
+per_scenario = pytest.mark.parametrize("scenario", RANDOM)
 
 
 def check_mean(values, expected, rounded_to):
@@ -32,7 +31,7 @@ def check_mean(values, expected, rounded_to):
 
 
 @per_scenario
-@pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("legacy", [True, False])
 def test_random_allies_do_as_in_jaxmarl(scenario, legacy):
     """Returns; nobody wins by chance."""
     env, params = smax.make(scenario, legacy=legacy)
@@ -42,7 +41,7 @@ def test_random_allies_do_as_in_jaxmarl(scenario, legacy):
 
 
 @per_scenario
-@pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("legacy", [True, False])
 def test_the_heuristic_does_as_in_jaxmarl(scenario, legacy):
     """Returns and wins of the heuristic against itself."""
     env, params = smax.make(scenario, legacy=legacy)
@@ -52,7 +51,6 @@ def test_the_heuristic_does_as_in_jaxmarl(scenario, legacy):
     assert abs(np.mean(told.won) - won) < 4 * np.sqrt(max(won * (1 - won), 0.002) * (1 / OURS + 1 / THEIRS)) + 0.005
 
 
-@pytest.mark.slow
 def test_drifting_tasks_differ_in_how_hard_they_are():
     """Hard ones and easy ones, by the heuristic's wins, and never one that is decided in advance."""
     env, tasks = smax.drift("protoss", 5)
