@@ -337,7 +337,8 @@ def test_agents_and_mixers_stay(mixer, recurrent, layers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mixer", "recurrent", "composite"), list(itertools.product(("qmix", "qplex"), (True, False), ("separate", "shared")))
+    ("mixer", "recurrent", "composite"),
+    [("qmix", True, "separate"), ("qmix", False, "shared"), ("qplex", True, "shared"), ("qplex", False, "separate")],
 )
 def test_agents_and_mixers_stay_in_every_variant(mixer, recurrent, composite):
     """The same, deeper and over more networks."""
