@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import hypothesis
@@ -277,6 +278,24 @@ def test_initializers_follow_their_law(name, bound):
         np.testing.assert_allclose(kernel[0] @ kernel[0].T, 0.25 * np.eye(16), atol=1e-5)
     if name == "flax":
         np.testing.assert_allclose(kernel.std(), 16**-0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["flax", "orthogonal"])
+def test_lapack_is_given_one_matrix_at_a_time(name):
+    """All seeds' networks drawn together, on processors: two batches at once would never return. To the bits of seeds drawn alone."""
+    given = Initializer(name, 2.0)
+
+    def draw(key):
+        return given.kernel(key, (16, 16), 16), given.gates(key, (8, 3, 8), 8, recurrent=True)
+
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    drawn = jax.vmap(jax.vmap(draw))
+    calls = [line for line in jax.jit(drawn).trace(keys).lower(lowering_platforms=("cpu",)).as_text().splitlines() if "@lapack_" in line]
+    assert calls
+    assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+x", line)]
+    kernel, gates = draw(keys[1, 0])
+    np.testing.assert_array_equal(drawn(keys)[0][1, 0], kernel)
+    np.testing.assert_array_equal(drawn(keys)[1][1, 0], gates)
 
 
 @pytest.mark.parametrize("name", ["flax", "orthogonal"])

@@ -6,11 +6,13 @@ index of the last axis of what enters it, and of the second last input axis of w
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from knife_jax.networks.recurrence import Projected, recur
@@ -95,7 +97,7 @@ class Initializer(NamedTuple):
         """Draws a kernel `[inputs, units]`."""
         if self.name == "torch_uniform":
             return _uniform_within(key, shape, fan_in)
-        draw = nn.initializers.lecun_normal() if self.name == "flax" else nn.initializers.orthogonal(self.scale)
+        draw = nn.initializers.lecun_normal() if self.name == "flax" else orthogonal(self.scale)
         return draw(key, tuple(shape), jnp.float32)
 
     def gates(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int, recurrent: bool) -> Array:
@@ -105,7 +107,7 @@ class Initializer(NamedTuple):
         """
         if self.name == "torch_uniform":
             return _uniform_within(key, shape, fan_in)
-        draw = nn.initializers.orthogonal() if recurrent else nn.initializers.lecun_normal()
+        draw = orthogonal() if recurrent else nn.initializers.lecun_normal()
         gates = jax.vmap(lambda gate: draw(gate, (shape[0], shape[2]), jnp.float32))(jax.random.split(key, shape[1]))
         return jnp.moveaxis(gates, 0, 1)
 
@@ -114,6 +116,27 @@ class Initializer(NamedTuple):
         if self.name == "torch_uniform":
             return _uniform_within(key, shape, fan_in)
         return jnp.zeros(shape)
+
+
+def orthogonal(scale: float = 1.0) -> Callable[[PRNGKeyArray, Sequence[int], Any], Array]:
+    """Flax's orthogonal initializer, which under `jax.vmap` draws one matrix after the other on processors.
+
+    Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as
+    for two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2).
+    """
+    law = nn.initializers.orthogonal(scale)
+
+    def draw(key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        alone = partial(law, shape=tuple(shape), dtype=dtype)
+        one = custom_vmap(alone)
+
+        @one.def_vmap
+        def many(axis_size: int, in_batched: list[bool], keys: Array) -> tuple[Array, bool]:
+            return jax.lax.platform_dependent(keys, cpu=partial(jax.lax.map, one), default=jax.vmap(alone)), True
+
+        return one(key)
+
+    return draw
 
 
 def _uniform_within(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
