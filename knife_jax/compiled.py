@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from knife_jax import hosts
 from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
-from knife_jax.cores import compile_quickly, compile_training
+from knife_jax.cores import compile_quickly, compile_start, compile_training
 from knife_jax.learner import Metrics
 from knife_jax.program import Row, RunnerState
 
@@ -86,9 +86,8 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: hosts.placed(leaf, NamedSharding(mesh, PartitionSpec(SEEDS))), tree)
 
-    always, samples = compile_training, pieces.program.plan.samples_per_update
-    once = compile_quickly
-    return Compiled(pieces, carry, placed, once(init), once(begin), always(advance, samples), once(finish))
+    rounds = compile_training(advance, pieces.program.plan.samples_per_update)
+    return Compiled(pieces, carry, placed, compile_start(init), compile_start(begin), rounds, compile_quickly(finish))
 
 
 def specs(axes: Any) -> Any:

@@ -17,6 +17,7 @@ from knife_jax.cores import (
     MANY_SAMPLES,
     WIDTH,
     compile_quickly,
+    compile_start,
     compile_training,
     compile_wide,
     compiler_options,
@@ -113,15 +114,18 @@ def test_training_and_what_runs_once_are_compiled_quickly(asked, monkeypatch):
     monkeypatch.setattr(module.jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     for lowered in (arctan, tanh):
+        compile_start(lowered)
         compile_quickly(lowered)
         compile_training(lowered)
         compile_training(lowered, MANY_SAMPLES)
     monkeypatch.setenv("XLA_FLAGS", f"--{LEVEL}=0")
+    compile_start(tanh)
     compile_quickly(tanh)
     compile_training(tanh)
     monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    compile_start(arctan)
     compile_quickly(arctan)
     compile_training(arctan)
     wide, less, quick = {WIDTH: "512"}, {LEVEL: 1}, {EMITTERS: False}
-    without = [less | quick, less, less | quick]
-    assert asked == [*without, *(wide | options for options in without), wide | quick, wide, None, None]
+    without = [{LEVEL: 0} | quick, less | quick, less, less | quick]
+    assert asked == [*without, *(wide | options for options in without), wide | quick, wide | quick, wide, None, None, None]
