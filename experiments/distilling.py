@@ -198,7 +198,7 @@ def _treated(key: PRNGKeyArray, lesson: Lesson, networks: Networks, program: Pro
     key_watch, key_cure = jax.random.split(key)
     both = [cure.allocate({"params": params, "reserve": {}}) for params in (lesson.learned.params, lesson.learned.target_params)]
     params, reserve = both[0]["params"], both[0]["reserve"]
-    opt_state = cure.wrap_optimizer(learner.make_optimizer(networks.config, hyper)).init(params)
+    opt_state = learner.optimizer_of(networks, hyper).init(params)
     start = LearnerState(params, both[1]["params"], opt_state, reserve, both[1]["reserve"], cure.init(both[0]), {})
 
     def watch(state: LearnerState, key: PRNGKeyArray) -> tuple[LearnerState, None]:
@@ -213,7 +213,7 @@ def _treated(key: PRNGKeyArray, lesson: Lesson, networks: Networks, program: Pro
 def _distilled(start: LearnerState, networks: Networks, data: Sequences, targets: Float[Array, "T B 1"], steps: int) -> Float[Array, "N+1"]:
     """Learns the targets with a fresh state of the optimizer; the unexplained share of their variance along the way."""
     hyper, counts = networks.config.hyper, _counts(data)
-    tx = networks.cure(hyper).wrap_optimizer(learner.make_optimizer(networks.config, hyper))
+    tx = learner.optimizer_of(networks, hyper)
     spread = jnp.maximum(targets.var(where=counts), _TINY**2)
 
     def loss(params: Any) -> Array:

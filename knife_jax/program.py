@@ -129,8 +129,7 @@ class Program:
         stored = replay.clear(state.replay) if switch.replay == "clear" else replay.cut(state.replay)
         learned = state.learner
         if switch.optimizer == "reset":
-            optimizer = self.networks.cure(hyper).wrap_optimizer(learner.make_optimizer(self.config, hyper))
-            learned = learned._replace(opt_state=optimizer.init(learned.params))
+            learned = learned._replace(opt_state=learner.optimizer_of(self.networks, hyper).init(learned.params))
         if self._intervenes(hyper) == "task_switch":
             key, key_cure = jax.random.split(key)
             acting = self.networks.running_states(collector.actors.hidden)
