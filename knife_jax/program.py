@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from envs.context import in_one_context
 from envs.wrappers import AutoReset
 from knife_jax import collect, diagnose, learner, replay
 from knife_jax.bundle import Bundle, blank, bundled
@@ -106,6 +107,7 @@ class Program:
     plan: Plan
     schedule: Schedule
 
+    @in_one_context
     def init(self, key: PRNGKeyArray, hyper: Hyper) -> RunnerState:
         """The first state: parameters drawn, nothing stored, no task begun."""
         key, key_learner, key_actors = jax.random.split(key, 3)
@@ -120,6 +122,7 @@ class Program:
             diagnose.blank_masks(self.networks) if self._diagnoses else {},
         )
 
+    @in_one_context
     def begin_task(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> RunnerState:
         """The state at a task's first step: environments reset, and what `config.switch` says of replay, exploration and optimizer."""
         switch = self.config.switch
@@ -137,6 +140,7 @@ class Program:
             collector = _acting_on(collector, acting)
         return RunnerState(learned, collector, stored, state.counters, key, state.stagnant)
 
+    @in_one_context
     def train_rounds(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> tuple[RunnerState, Bundle]:
         """`plan.rounds_per_evaluation` rounds of collecting and learning, with `train/` metrics over them and `plasticity/` after them."""
 
@@ -190,11 +194,13 @@ class Program:
     def _diagnoses(self) -> bool:
         return self.config.plasticity.diagnostics and bool(self.networks.graph.layers)
 
+    @in_one_context
     def evaluate(self, state: RunnerState, task: Int[Array, ""]) -> tuple[RunnerState, Metrics]:
         """`eval/` metrics of one task."""
         key, key_play = jax.random.split(state.key)
         return state._replace(key=key), self._play(key_play, state.learner.variables, task)
 
+    @in_one_context
     def evaluate_all(self, state: RunnerState) -> tuple[RunnerState, Metrics]:
         """`eval/` metrics of every distinct task, `[K]`."""
         key, key_play = jax.random.split(state.key)

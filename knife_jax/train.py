@@ -12,6 +12,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PRNGKeyArray
 
+from envs.context import in_one_context
 from knife_jax.bundle import Bundle
 from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Metrics
@@ -60,6 +61,7 @@ def make_train(
     emit = make_logger(callback) if callback is not None else None
     order = jnp.asarray(program.networks.tasks.order, jnp.int32)
 
+    @in_one_context
     def train(key: PRNGKeyArray, hyper: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
         swept = merge_hyper(config, hyper)
 

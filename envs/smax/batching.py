@@ -14,6 +14,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from envs.apart import apart
+from envs.context import in_one_context
 
 
 def batch_last(function: Callable[..., Any], is_apart: bool = False) -> Callable[..., Any]:
@@ -43,6 +44,7 @@ def batch_last(function: Callable[..., Any], is_apart: bool = False) -> Callable
         outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, inner, *leaf.shape[1:]), outputs)
         return outputs, jax.tree.map(lambda _: True, outputs)
 
+    @in_one_context
     def single(*args: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[0], many(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], args)))
 
