@@ -8,40 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, compiled on processors as a computation of its own.
 
-    XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair. A branch that is always
-    taken, for a reason that the compiler does not see, keeps it from that: no number is less than minus infinity.
+    XLA otherwise fuses whatever makes the arguments into every loop over pairs, and computes it anew for each pair.
     """
     traced_once = jax.jit(function)
 
-    def branch(*args: Any) -> Any:
-        shapes = jax.eval_shape(traced_once, *args)
-        first = jax.tree.leaves(args)[0].reshape(-1)[0].astype(jnp.float32)
-        return jax.lax.cond(
-            ~(first < -jnp.inf), traced_once, lambda *same: jax.tree.map(partial(_blank, jax.tree.leaves(same)), shapes), *args
-        )
+    def call(*args: Any) -> Any:
+        return jax.tree.map(partial(set_xla_metadata, inlineable="false"), traced_once(*args))
 
-    return lambda *args: jax.lax.platform_dependent(*args, cpu=branch, default=traced_once)
-
-
-def _blank(given: list[jax.Array], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Anything of the leaf's type: what is given, which costs the compiler nothing, or zeros.
-
-    They vary over the devices of a surrounding `jax.shard_map` where the leaf does.
-    """
-    for same in given:
-        if same.shape == leaf.shape and same.dtype == leaf.dtype and _varying(jax.typeof(same)) == _varying(leaf):
-            return same
-    zeros, varying = jnp.zeros(leaf.shape, leaf.dtype), _varying(leaf)
-    return jax.lax.pcast(zeros, tuple(varying), to="varying") if varying else zeros
-
-
-def _varying(leaf: Any) -> frozenset[Any]:
-    return frozenset(getattr(getattr(leaf, "manual_axis_type", None), "varying", ()))
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=call, default=traced_once)
 
 
 def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
