@@ -1,7 +1,8 @@
 """The networks of a run: agents and mixer, their neurons, and the cure that may extend them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from envs.base import Environment, Observation, Tasks
 from knife_jax.config import Config
 from knife_jax.networks import agents, mixers
 from knife_jax.networks.agents import RECURRENT, AgentNetwork, agent_inputs, initial_hidden
+from knife_jax.networks.laws import Law, Path, draw_all, laws_of
 from knife_jax.networks.mixers import MixerInputs, make_mixer
 from knife_jax.plasticity import registry
 from knife_jax.plasticity.graph import Graph, make_graph
@@ -36,6 +38,7 @@ class Networks(NamedTuple):
         config: the configuration.
         graph: the hidden units of both networks.
         interventions: how many of them the run plans; None if nobody said.
+        laws: of all parameters, by their paths.
     """
 
     agent: AgentNetwork
@@ -45,6 +48,7 @@ class Networks(NamedTuple):
     config: Config
     graph: Graph
     interventions: int | None = None
+    laws: Mapping[Path, Law] = MappingProxyType({})
 
     def apply_agent(self, variables: Variables, *args: Any) -> Any:
         """The agents' network under `{"params": ..., "reserve": ...}`."""
@@ -89,6 +93,7 @@ def make_networks(config: Config, env: Environment, tasks: Tasks, interventions:
     agent, mixer = AgentNetwork(env.num_actions, config.agent, widen), make_mixer(config, widen)
     layers = agents.neuron_layers(config.agent, widen) + mixers.neuron_layers(config, widen)
     modules = Networks(agent, mixer, env, tasks, config, Graph((), lambda key: {}, {}), interventions)
+    modules = modules._replace(laws=_laws(modules))
     graph = make_graph(layers, partial(draw_params, networks=modules), mixers.REFUSED, mixers.mixing_layer(config))
     networks = modules._replace(graph=graph)
     try:
@@ -112,17 +117,24 @@ def _width_factor(config: Config) -> float:
 
 def draw_params(key: PRNGKeyArray, networks: Networks) -> Params:
     """Fresh `{"agent": ..., "mixer": ...}` parameters."""
-    key_agent, key_mixer = jax.random.split(key)
-    observation = _zero_observation(networks)
-    num_agents = networks.env.num_agents
+    return {"agent": {}, "mixer": {}} | draw_all(key, networks.laws)
+
+
+def _laws(networks: Networks) -> dict[Path, Law]:
+    """The laws of all parameters, by their paths."""
+    observation, num_agents = _zero_observation(networks), networks.env.num_agents
     task = task_code(networks, jnp.zeros((1, 1), jnp.int32))
     starts = jnp.ones((1, 1), bool)
-    inputs = agent_inputs(networks.config.agent, observation, jnp.zeros((1, 1, num_agents), jnp.int32), starts, task)
-    agent = networks.agent.init(key_agent, inputs, starts, initial_hidden(networks.config.agent, (1, num_agents)))
     values = jnp.zeros((1, 1, num_agents))
     actions = jnp.zeros((1, 1, num_agents, networks.env.num_actions))
-    mixer = networks.mixer.init(key_mixer, MixerInputs(values, values, actions, mixer_state(observation, task)))
-    return {"agent": agent["params"], "mixer": mixer.get("params", {})}
+    mixed = MixerInputs(values, values, actions, mixer_state(observation, task))
+    inputs = agent_inputs(networks.config.agent, observation, jnp.zeros((1, 1, num_agents), jnp.int32), starts, task)
+    hidden = initial_hidden(networks.config.agent, (1, num_agents))
+    found = {
+        "agent": laws_of(lambda: networks.agent.init(jax.random.key(0), inputs, starts, hidden)),
+        "mixer": laws_of(lambda: networks.mixer.init(jax.random.key(0), mixed)),
+    }
+    return {(name, *path): law for name, laws in found.items() for path, law in laws.items()}
 
 
 def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[Array, ""] | None = None) -> Observation:

@@ -109,9 +109,9 @@ class Program:
 
     @in_one_context
     def init(self, key: PRNGKeyArray, hyper: Hyper) -> RunnerState:
-        """The first state: parameters drawn, nothing stored, no task begun."""
-        key, key_learner, key_actors = jax.random.split(key, 3)
-        actors = self._fresh_actors(key_actors, jnp.int32(self.networks.tasks.order[0]))
+        """The first state: parameters drawn, nothing stored, no task begun and nobody at play."""
+        key, key_learner = jax.random.split(key)
+        actors = _blank(jax.eval_shape(self._fresh_actors, key, jnp.int32(0)))
         slot = _blank_slot(self.networks, self._acting, actors)
         return RunnerState(
             learner.init(key_learner, self.networks, hyper),
@@ -323,7 +323,13 @@ def _train_metrics(period: Period) -> Metrics:
 
 
 def _blank(shapes: Any) -> Any:
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    """Zeros, and for keys such as are made of 0."""
+
+    def of(shape: jax.ShapeDtypeStruct) -> Array:
+        is_key = jnp.issubdtype(shape.dtype, jax.dtypes.prng_key)
+        return jnp.broadcast_to(jax.random.key(0), shape.shape) if is_key else jnp.zeros(shape.shape, shape.dtype)
+
+    return jax.tree.map(of, shapes)
 
 
 def _blank_slot(networks: Networks, acting: AutoReset, actors: collect.ActorState) -> replay.Slot:

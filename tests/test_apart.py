@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from envs.apart import apart, apart_over_rows, apart_under_vmap
+from envs.context import in_one_context
 
 
 def _scaled(numbers, factor):
@@ -91,3 +93,30 @@ def test_over_rows_what_is_vmapped_becomes_more_rows():
         ours = jax.jit(mapped(function))(rows, factor)
         jax.tree.map(np.testing.assert_array_equal, ours, mapped(scaled)(rows, factor))
         assert many in rows_seen, name
+
+
+def test_in_one_context_nothing_is_traced_twice():
+    """What is met directly and again under `vmap` of what was traced, as a game's step is: once in the context, twice outside of it."""
+    traced = []
+
+    @jax.jit
+    def inner(number):
+        traced.append(number.shape)
+        return jnp.sin(number)
+
+    @custom_vmap
+    def outer(number):
+        return inner(number)
+
+    @outer.def_vmap
+    def many(axis_size, in_batched, numbers):
+        return inner(numbers), True
+
+    def program(numbers):
+        return inner(numbers) + jax.vmap(lambda one: jax.lax.scan(lambda carry, _: (outer(carry), None), one, length=2)[0])(numbers)
+
+    for wrapped, times in ((program, 2), (in_one_context(program), 1)):
+        jax.clear_caches()
+        traced.clear()
+        jax.jit(wrapped).trace(jnp.zeros(3))
+        assert traced.count((3,)) == times

@@ -113,7 +113,7 @@ def test_methods_run_on_smax(name):
 
 def _gradient_step_without_cure(params, target, opt_state, networks, batch, hyper):
     """One gradient step as it would be written if there were no cures."""
-    optimizer = learner.make_optimizer(networks.config, hyper)
+    optimizer = learner.optimizer_of(networks, hyper)
 
     def objective(params):
         return learner.loss_fn({"params": params}, {"params": target}, networks, batch, hyper)

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from envs.base import stack_tasks
-from knife_jax import collect, learner, replay
+from knife_jax import collect, learner, make_program, replay
 from knife_jax.config import Config
-from knife_jax.model import make_networks
+from knife_jax.model import draw_params, make_networks
 from knife_jax.networks.agents import UNAVAILABLE, agent_inputs, initial_hidden
 from knife_jax.networks.mixers import MixerInputs
 from knife_jax.replay import Continuation
@@ -253,6 +253,29 @@ def test_rmsprop_is_the_one_of_torch():
     clipped = np.array([3.0, 4.0])
     updated = jnp.asarray(optax.apply_updates(params, updates))
     np.testing.assert_allclose(updated, 1 - 0.1 * clipped / (np.sqrt(0.01 * clipped**2) + 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cure", ["none", "knife", "weight_decay"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_one_vector_of_parameters_is_stepped_as_a_tree_of_them_is(cure, optimizer):
+    """Two steps, clipped and not, and what an intervention sees of the state: as the tree's optimizer has them, there and back."""
+    config = Config.from_dict({"preset": "matrix_drift", "optimizer": {"name": optimizer}, "plasticity": {"name": cure}})
+    networks = make_program(config).networks
+    hyper = networks.config.hyper
+    params = draw_params(jax.random.key(0), networks)
+    flat, tree = learner.optimizer_of(networks, hyper), networks.cure(hyper).wrap_optimizer(learner.make_optimizer(networks.config, hyper))
+    ours, theirs = flat.init(params), tree.init(params)
+    for size in (1e-3, 10.0):
+        grads = jax.tree.map(lambda leaf, size=size: size * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape), params)
+        updates, ours = flat.update(grads, ours, params)
+        expected, theirs = tree.update(grads, theirs, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-9)
+    seen = learner.moments_as_trees(tree, ours, params)
+    chex.assert_trees_all_equal_structs(seen, theirs)
+    chex.assert_trees_all_close(seen, theirs, rtol=1e-5, atol=1e-9)
+    chex.assert_trees_all_equal(learner.moments_as_vectors(tree, seen), ours)
+    sizes = {leaf.shape for leaf in jax.tree.leaves(ours) if leaf.ndim}
+    assert sizes == {(sum(leaf.size for leaf in jax.tree.leaves(params)),)}
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])

@@ -286,7 +286,7 @@ def test_lapack_is_given_one_matrix_at_a_time(name):
     given = Initializer(name, 2.0)
 
     def draw(key):
-        return given.kernel(key, (16, 16), 16), given.gates(key, (8, 3, 8), 8, recurrent=True)
+        return given.kernel((16, 16), 16).draw(key), given.gates((8, 3, 8), 8, recurrent=True).draw(key)
 
     keys = jax.random.split(jax.random.key(0), (2, 2))
     drawn = jax.vmap(jax.vmap(draw))

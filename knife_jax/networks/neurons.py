@@ -6,18 +6,14 @@ index of the last axis of what enters it, and of the second last input axis of w
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
+from knife_jax.networks.laws import Law, Path, drawn, lecun_normal, orthogonal, uniform_within, zeros
 from knife_jax.networks.recurrence import Projected, recur
-
-Path = tuple[str, ...]
 
 
 class NeuronLayer(NamedTuple):
@@ -82,7 +78,7 @@ def widened(size: int, factor: float) -> int:
 
 
 class Initializer(NamedTuple):
-    """How weights and biases are drawn.
+    """The laws of weights and biases.
 
     Attributes:
         name: `torch_uniform` (weights and biases uniform within 1/sqrt(fan in), as PyTorch's layers), `flax` (LeCun normal, zero biases)
@@ -93,55 +89,24 @@ class Initializer(NamedTuple):
     name: str = "torch_uniform"
     scale: float = 1.0
 
-    def kernel(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
-        """Draws a kernel `[inputs, units]`."""
+    def kernel(self, shape: Sequence[int], fan_in: int) -> Law:
+        """The law of a kernel `[*K, inputs, units]`."""
         if self.name == "torch_uniform":
-            return _uniform_within(key, shape, fan_in)
-        draw = nn.initializers.lecun_normal() if self.name == "flax" else orthogonal(self.scale)
-        return draw(key, tuple(shape), jnp.float32)
+            return uniform_within(shape, fan_in)
+        return lecun_normal(shape, fan_in) if self.name == "flax" else orthogonal(shape, self.scale)
 
-    def gates(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int, recurrent: bool) -> Array:
-        """Draws a GRU's kernel `[inputs, 3, units]`, each gate by itself.
+    def gates(self, shape: Sequence[int], fan_in: int, recurrent: bool) -> Law:
+        """The law of a GRU's kernel `[inputs, 3, units]`, of every gate the same.
 
         But for `torch_uniform` these are Flax's own defaults (as JaxMARL has them): LeCun normal on the input, orthogonal on the state.
         """
         if self.name == "torch_uniform":
-            return _uniform_within(key, shape, fan_in)
-        draw = orthogonal() if recurrent else nn.initializers.lecun_normal()
-        gates = jax.vmap(lambda gate: draw(gate, (shape[0], shape[2]), jnp.float32))(jax.random.split(key, shape[1]))
-        return jnp.moveaxis(gates, 0, 1)
+            return uniform_within(shape, fan_in)
+        return orthogonal(shape, 1.0, axes=(0, 2)) if recurrent else lecun_normal(shape, shape[0])
 
-    def bias(self, key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
-        """Draws the biases that go with a kernel of `fan_in` inputs."""
-        if self.name == "torch_uniform":
-            return _uniform_within(key, shape, fan_in)
-        return jnp.zeros(shape)
-
-
-def orthogonal(scale: float = 1.0) -> Callable[[PRNGKeyArray, Sequence[int], Any], Array]:
-    """Flax's orthogonal initializer, which under `jax.vmap` draws one matrix after the other on processors.
-
-    Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as
-    for two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2).
-    """
-    law = nn.initializers.orthogonal(scale)
-
-    def draw(key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        alone = partial(law, shape=tuple(shape), dtype=dtype)
-        one = custom_vmap(alone)
-
-        @one.def_vmap
-        def many(axis_size: int, in_batched: list[bool], keys: Array) -> tuple[Array, bool]:
-            return jax.lax.platform_dependent(keys, cpu=partial(jax.lax.map, one), default=jax.vmap(alone)), True
-
-        return one(key)
-
-    return draw
-
-
-def _uniform_within(key: PRNGKeyArray, shape: Sequence[int], fan_in: int) -> Array:
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    def bias(self, shape: Sequence[int], fan_in: int) -> Law:
+        """The law of the biases that go with a kernel of `fan_in` inputs."""
+        return uniform_within(shape, fan_in) if self.name == "torch_uniform" else zeros(shape)
 
 
 class Dense(nn.Module):
@@ -159,19 +124,13 @@ class Dense(nn.Module):
     def __call__(self, inputs: Float[Array, "... I"]) -> Float[Array, "... units"]:
         """Applies the layer."""
         fan_in = inputs.shape[-1]
-        kernel = self.param("kernel", self._stacked(self.initializer.kernel), (fan_in, self.units), fan_in)
-        bias = self.param("bias", self._stacked(self.initializer.bias), (self.units,), fan_in)
+        stack = () if self.stack is None else (self.stack,)
+        kernel = drawn(self, "kernel", self.initializer.kernel((*stack, fan_in, self.units), fan_in))
+        bias = drawn(self, "bias", self.initializer.bias((*stack, self.units), fan_in))
         if self.stack is None:
             return affine(inputs, kernel, bias)
         product = jnp.einsum("...ki,kio->...ko" if self.stacked_input else "...i,kio->...ko", inputs, kernel)
         return product + bias.reshape((1,) * (product.ndim - bias.ndim) + bias.shape)
-
-    def _stacked(self, draw: Callable[..., Array]) -> Callable[..., Array]:
-        """Draws every layer of the stack by itself, so that each has the law of a single one."""
-        stack = self.stack
-        if stack is None:
-            return draw
-        return lambda key, shape, fan_in: jax.vmap(lambda k: draw(k, shape, fan_in))(jax.random.split(key, stack))
 
 
 class GateProjection(nn.Module):
@@ -184,8 +143,8 @@ class GateProjection(nn.Module):
     def __call__(self, inputs: Float[Array, "... I"]) -> Projected:
         """Applies the layer, but for its bias."""
         size, units = inputs.shape[-1], self.units
-        kernel = self.param("kernel", self.initializer.gates, (size, 3, units), units, False)
-        bias = self.param("bias", self.initializer.bias, (3, units), units)
+        kernel = drawn(self, "kernel", self.initializer.gates((size, 3, units), units, recurrent=False))
+        bias = drawn(self, "bias", self.initializer.bias((3, units), units))
         reset, update, candidate = (inputs.reshape(-1, size) @ kernel[:, gate] for gate in range(3))
         return Projected((reset, update, candidate), bias.reshape(-1)).reshape(*inputs.shape[:-1], units)
 
@@ -214,10 +173,10 @@ class GRU(nn.Module):
         Returns:
             The hidden states after every step, and the last one.
         """
-        draw, units = self.initializer, self.units
-        projected = GateProjection(units, draw, name="input")(inputs)
-        hidden_kernel = self.param("hidden_kernel", draw.gates, (units, 3, units), units, True)
-        hidden_bias = self.param("hidden_bias", draw.bias, (3, units), units)
+        laws, units = self.initializer, self.units
+        projected = GateProjection(units, laws, name="input")(inputs)
+        hidden_kernel = drawn(self, "hidden_kernel", laws.gates((units, 3, units), units, recurrent=True))
+        hidden_bias = drawn(self, "hidden_bias", laws.bias((3, units), units))
         return self.unroll(projected, starts, hidden, hidden_kernel, hidden_bias)
 
     def unroll(
