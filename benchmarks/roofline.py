@@ -94,12 +94,12 @@ def stored_play(program: Program) -> tuple[learner.LearnerState, replay.ReplaySt
 
     def fill(key: Any) -> Any:
         key, key_play = jax.random.split(key)
-        state = program.init(key, hyper)
+        state = program.begin_task(program.init(key, hyper), task, hyper)
 
         def one_rollout(carry: Any, key: Any) -> tuple[Any, None]:
             collector, stored = carry
-            args = (state.learner.variables, program.networks, collector, task, program.plan.rollout_length, hyper)
-            collector, rollout, _ = collect.explore(key, *args)
+            keys = jax.random.split(key, (program.plan.rollout_length, 1 + program.config.collect.num_envs))
+            collector, rollout, _ = collect.explore(keys, state.learner.variables, program.networks, collector, task, hyper)
             return (collector, replay.add(stored, rollout)), None
 
         rollouts = program.plan.ring_capacity // program.plan.rollout_length

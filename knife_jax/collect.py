@@ -9,7 +9,7 @@ import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from envs.base import Environment, EnvParams, Observation, Outcome
 from envs.wrappers import AutoReset, EpisodeStatistics, IdleAfterEnd
@@ -49,17 +49,25 @@ def acting_environment(env: Environment, mode: str) -> AutoReset:
     return IdleAfterEnd(counted) if mode == "episode" else AutoReset(counted)
 
 
-def init_actors(key: PRNGKeyArray, networks: Networks, env: Environment, num_envs: int, params: EnvParams) -> ActorState:
-    """Fresh episodes of one task in `num_envs` environments, and empty memories."""
-    state = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)
-    agents = (num_envs, env.num_agents)
-    return ActorState(state, networks.initial_hidden(agents), jnp.zeros(agents, jnp.int32), jnp.ones(num_envs, bool))
+def init_actors(keys: Key[Array, "E"], networks: Networks, env: Environment, params: EnvParams) -> ActorState:
+    """Fresh episodes of one task, and empty memories; one key for each environment."""
+    state = jax.vmap(env.reset, in_axes=(0, None))(keys, params)
+    agents = (len(keys), env.num_agents)
+    return ActorState(state, networks.initial_hidden(agents), jnp.zeros(agents, jnp.int32), jnp.ones(len(keys), bool))
 
 
 def explore(
-    key: PRNGKeyArray, variables: Variables, networks: Networks, collector: CollectorState, task: Int[Array, ""], length: int, hyper: Hyper
+    keys: Key[Array, "T K"], variables: Variables, networks: Networks, collector: CollectorState, task: Int[Array, ""], hyper: Hyper
 ) -> tuple[CollectorState, Slot, Bundle]:
-    """Collects a rollout of `length` slots with epsilon-greedy actions.
+    """Collects a rollout of T slots with epsilon-greedy actions.
+
+    Args:
+        keys: of each slot, one for all actions and then one for each environment.
+        variables: of the acting network.
+        networks: the modules.
+        collector: where to go on.
+        task: the task.
+        hyper: sweepable numbers.
 
     Returns:
         The collector, the rollout `[T, E, ...]` (its last slots go on into the next rollout) and metrics: `return`, `won` and `length`,
@@ -75,9 +83,8 @@ def explore(
         collector = CollectorState(actors, collector.explored_env_steps + steps)
         return collector, (slot, bundled({**_ended(outcome), "env_steps": steps, "epsilon": epsilon}))
 
-    keys = jax.random.split(key, (length, 1 + collector.actors.starts.shape[0]))
     collector, (rollout, of_slots) = jax.lax.scan(one_slot, collector, keys)
-    metrics = Bundle(of_slots.names, of_slots.values.sum(axis=0) / np.where(IS_LAST, length, 1))
+    metrics = Bundle(of_slots.names, of_slots.values.sum(axis=0) / np.where(IS_LAST, len(keys), 1))
     return collector, rollout, metrics
 
 
@@ -96,7 +103,7 @@ def evaluate(key: PRNGKeyArray, variables: Variables, networks: Networks, task: 
     env = IdleAfterEnd(EpisodeStatistics(networks.env))
     task_params = networks.tasks.at(task)
     key_reset, key_steps = jax.random.split(key)
-    actors = init_actors(key_reset, networks, env, episodes, task_params)
+    actors = init_actors(jax.random.split(key_reset, episodes), networks, env, task_params)
 
     def one_step(actors: ActorState, key: PRNGKeyArray) -> tuple[ActorState, Metrics]:
         actors, _, outcome = _advance((key, jax.random.split(key, episodes)), variables, networks, env, actors, task, task_params, None)

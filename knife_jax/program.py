@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from envs.context import in_one_context
@@ -111,12 +112,13 @@ class Program:
     def init(self, key: PRNGKeyArray, hyper: Hyper) -> RunnerState:
         """The first state: parameters drawn, nothing stored, no task begun and nobody at play."""
         key, key_learner = jax.random.split(key)
-        actors = _blank(jax.eval_shape(self._fresh_actors, key, jnp.int32(0)))
+        num_envs = self.config.collect.num_envs
+        actors = _blank(jax.eval_shape(lambda: self._fresh_actors(jax.random.split(key, num_envs), jnp.int32(0))))
         slot = _blank_slot(self.networks, self._acting, actors)
         return RunnerState(
             learner.init(key_learner, self.networks, hyper),
             collect.CollectorState(actors, jnp.zeros(())),
-            replay.init(slot, self.config.collect.num_envs, self.plan.ring_capacity),
+            replay.init(slot, num_envs, self.plan.ring_capacity),
             Counters(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
             key,
             diagnose.blank_masks(self.networks) if self._diagnoses else {},
@@ -126,9 +128,10 @@ class Program:
     def begin_task(self, state: RunnerState, task: Int[Array, ""], hyper: Hyper) -> RunnerState:
         """The state at a task's first step: environments reset, and what `config.switch` says of replay, exploration and optimizer."""
         switch = self.config.switch
-        key, key_actors = jax.random.split(state.key)
+        keys = jax.random.split(state.key, 1 + self.config.collect.num_envs)
+        key, keys_reset = keys[0], keys[1:]
         explored = jnp.zeros(()) if switch.exploration == "restart" else state.collector.explored_env_steps
-        collector = collect.CollectorState(self._fresh_actors(key_actors, task), explored)
+        collector = collect.CollectorState(self._fresh_actors(keys_reset, task), explored)
         stored = replay.clear(state.replay) if switch.replay == "clear" else replay.cut(state.replay)
         learned = state.learner
         if switch.optimizer == "reset":
@@ -233,8 +236,8 @@ class Program:
     def _acting(self) -> AutoReset:
         return collect.acting_environment(self.networks.env, self.config.collect.mode)
 
-    def _fresh_actors(self, key: PRNGKeyArray, task: Array) -> collect.ActorState:
-        return collect.init_actors(key, self.networks, self._acting, self.config.collect.num_envs, self.networks.tasks.at(task))
+    def _fresh_actors(self, keys: Array, task: Array) -> collect.ActorState:
+        return collect.init_actors(keys, self.networks, self._acting, self.networks.tasks.at(task))
 
     def _play(self, key: PRNGKeyArray, variables: Variables, task: Array) -> Metrics:
         metrics = collect.evaluate(key, variables, self.networks, task, self.config.evaluation.episodes)
@@ -242,21 +245,22 @@ class Program:
 
     def _round(self, state: RunnerState, task: Array, hyper: Hyper) -> tuple[RunnerState, tuple[Bundle, Bundle]]:
         """Collects and stores one rollout, then learns; metrics are sums over the round."""
-        keys = jax.random.split(state.key, 3 + self.config.train.updates_per_round)
-        key, key_reset, key_explore = keys[0], keys[1], keys[2]
+        num_envs, length, updates = self.config.collect.num_envs, self.plan.rollout_length, self.config.train.updates_per_round
+        keys = jax.random.split(state.key, 1 + updates + num_envs + length * (1 + num_envs))
+        key, keys_learn, keys_reset, keys_explore = jnp.split(keys, np.cumsum([1, updates, num_envs]))
         collector, mode = state.collector, self.config.collect.mode
         if mode != "continuous":
-            collector = collector._replace(actors=self._fresh_actors(key_reset, task))
-        variables, length = state.learner.variables, self.plan.rollout_length
-        collector, rollout, played = collect.explore(key_explore, variables, self.networks, collector, task, length, hyper)
+            collector = collector._replace(actors=self._fresh_actors(keys_reset, task))
+        keys_explore = keys_explore.reshape(length, 1 + num_envs)
+        collector, rollout, played = collect.explore(keys_explore, state.learner.variables, self.networks, collector, task, hyper)
         if mode == "rollout":
             rollout = collect.cut_rollout(rollout)
         stored = replay.add(state.replay, rollout)
         start = Learning(state.learner, state.counters.updates, self.networks.running_states(collector.actors.hidden))
-        learning, summed = self._learn(keys[3:], start, stored, task, hyper)
+        learning, summed = self._learn(keys_learn, start, stored, task, hyper)
         counters = Counters(state.counters.rounds + 1, learning.updates)
         collector = _acting_on(collector, learning.acting)
-        return RunnerState(learning.learner, collector, stored, counters, key, state.stagnant), (played, summed)
+        return RunnerState(learning.learner, collector, stored, counters, key[0], state.stagnant), (played, summed)
 
     def _learn(self, keys: Array, start: Learning, stored: replay.ReplayState, task: Array, hyper: Hyper) -> tuple[Learning, Bundle]:
         """The gradient steps of one round, once enough is stored; the replay is only read inside the `cond`."""

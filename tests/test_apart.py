@@ -15,7 +15,9 @@ def _scaled(numbers, factor):
 
 def _calls(function, *arguments):
     """The calls in the program that a processor runs."""
-    return [line for line in jax.jit(function).lower(*arguments).compile().as_text().splitlines() if " call(" in line]
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return [line for line in text.splitlines() if " call(" in line]
 
 
 def test_vmapped_from_outside_it_stays_one_computation():

@@ -131,9 +131,8 @@ def primed(config):
     @jax.jit
     def start(key):
         state = program.begin_task(program.init(key, hyper), jnp.int32(0), hyper)
-        collector, rollout, _ = collect.explore(
-            key, state.learner.variables, program.networks, state.collector, jnp.int32(0), 16 * program.plan.rollout_length, hyper
-        )
+        keys = jax.random.split(key, (16 * program.plan.rollout_length, 1 + config.collect.num_envs))
+        collector, rollout, _ = collect.explore(keys, state.learner.variables, program.networks, state.collector, jnp.int32(0), hyper)
         return state._replace(collector=collector, replay=replay.add(state.replay, rollout))
 
     state, plan = start(key), program.plan

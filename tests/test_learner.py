@@ -108,15 +108,15 @@ def _collect(config, networks, task, length, rollouts):
     state = learner.init(jax.random.key(0), networks, config.hyper)
 
     def fresh(key):
-        return collect.init_actors(key, networks, env, config.collect.num_envs, networks.tasks.at(task))
+        return collect.init_actors(jax.random.split(key, config.collect.num_envs), networks, env, networks.tasks.at(task))
 
     collector = collect.CollectorState(fresh(jax.random.key(1)), jnp.zeros(()))
     stored = None
     for index in range(rollouts):
         if config.collect.mode != "continuous":
             collector = collector._replace(actors=fresh(jax.random.key(index)))
-        key = jax.random.fold_in(jax.random.key(2), index)
-        collector, rollout, _ = collect.explore(key, state.variables, networks, collector, task, length, config.hyper)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(2), index), (length, 1 + config.collect.num_envs))
+        collector, rollout, _ = collect.explore(keys, state.variables, networks, collector, task, config.hyper)
         if config.collect.mode == "rollout":
             rollout = collect.cut_rollout(rollout)
         if stored is None:
