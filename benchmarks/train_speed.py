@@ -60,9 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="{}", help="YAML over this benchmark's configuration, or with the key `preset` instead of it")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of each call, learning ones of the peer")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--compilations", type=int, default=3, help="how often both sides are compiled with `--peer`, of which the least counts"
-    )
+    parser.add_argument("--compilations", type=int, default=3, help="of both sides with `--peer`; the least counts")
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, and three repeats")
     parser.add_argument("--peer", type=Path, help="a checkout of JaxMARL's repository, whose QMIX script is timed against ours")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
