@@ -83,8 +83,8 @@ def make_optimizer(config: Config, hyper: Hyper) -> optax.GradientTransformation
 def optimizer_of(networks: Networks, hyper: Hyper) -> optax.GradientTransformation:
     """The optimizer as the cure wants it, of all parameters as one vector.
 
-    A kernel for every parameter and moment is three quarters of what XLA compiles of a gradient step. Moments are vectors, for which
-    interventions see trees, see `moments_as_trees`.
+    With a kernel for every parameter and each of its moments, these are a quarter of what XLA compiles of a gradient step. Moments are
+    vectors, for which interventions see trees, see `moments_as_trees`.
     """
     return optax.flatten(_tree_optimizer(networks, hyper))
 

@@ -1,6 +1,6 @@
 """The laws of parameters, of which those of a whole network are drawn at once.
 
-A draw of its own for every parameter is a third of what it takes to compile a program that draws networks.
+With a draw of its own for every parameter, a program that draws networks has more than twice as many kernels to compile.
 """
 
 import itertools
@@ -82,20 +82,20 @@ def zeros(shape: Sequence[int]) -> Law:
     return Law("none", tuple(shape))
 
 
-@custom_vmap
-def _orthogonalised(matrix: Float[Array, "long short"]) -> Float[Array, "long short"]:
-    """Its columns made orthogonal, to the left factor of the QR decomposition whose right one has a positive diagonal.
-
-    Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as
-    for two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2). So it is given one after the other.
-    """
+def _left_factor(matrix: Float[Array, "long short"]) -> Float[Array, "long short"]:
+    """That of the QR decomposition whose right factor has a positive diagonal."""
     left, right = jnp.linalg.qr(matrix)
     return left * jnp.sign(jnp.diagonal(right))[None]
 
 
+_orthogonalised = custom_vmap(_left_factor)
+"""Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as for
+two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2). So it is given one matrix after the other."""
+
+
 @_orthogonalised.def_vmap
 def _one_after_the_other(axis_size: int, in_batched: list[bool], matrices: Array) -> tuple[Array, bool]:
-    one, all_at_once = partial(jax.lax.map, _orthogonalised), jax.vmap(_orthogonalised.fun)
+    one, all_at_once = partial(jax.lax.map, _orthogonalised), jax.vmap(_left_factor)
     return jax.lax.platform_dependent(matrices, cpu=one, default=all_at_once), True
 
 

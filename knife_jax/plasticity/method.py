@@ -47,7 +47,7 @@ class Method(NamedTuple):
         allocate: `variables -> variables`: adds collections or parameters of fixed shape (a reserve, affine normalisation, ...).
         lift: `(apply, prefix=()) -> apply`: a Flax apply function that understands what `allocate` added and the collection `taps`;
             `prefix` is the path of the module's parameters within the graph's.
-        wrap_optimizer: `tx -> tx`.
+        wrap_optimizer: `tx -> tx`; must treat every entry of a parameter by itself, as `make_train` steps all parameters as one vector.
         taps: `state -> taps`: zeros to pass as the collection `taps` and to differentiate with respect to; their "gradient" holds the
             statistics of activations that `observe` wants. Empty for methods that want none.
         init: `variables -> state`.
