@@ -89,8 +89,8 @@ def _left_factor(matrix: Float[Array, "long short"]) -> Float[Array, "long short
 
 
 _orthogonalised = custom_vmap(_left_factor)
-"""Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as for
-two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2). So it is given one matrix after the other."""
+"""Given a batch, jaxlib has LAPACK factorise it on the threads that execute the program, and the one that asked waits: two such calls, as
+for two layers of many seeds, take both threads of two cores and never return (jaxlib 0.10.2). So it is given one matrix after the other."""
 
 
 @_orthogonalised.def_vmap
