@@ -44,29 +44,57 @@ def apart_under_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
     return whole
 
 
-def apart_over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+def apart_over_rows(
+    function: Callable[..., Any], finish: Callable[..., Any] = lambda rows, outputs: outputs, at_once: int | None = None
+) -> Callable[..., Any]:
     """`apart` for a function of many rows, each of which it looks at by itself: what is vmapped from outside becomes more rows.
 
     Args:
         function: of a pytree of arrays `[N, ...]` and one that all rows share, neither closing over anything that is traced; returns a
             pytree of arrays `[N, ...]`. Where what is shared differs over the vmapped axis, it is vmapped as it is.
+        finish: what is made, row by row, of the rows and what the function gave; the latter's rows follow one another in memory.
+        at_once: on processors, many more rows than these are taken in blocks of at most so many, which caches hold. On accelerators, and
+            where no number of blocks divides the rows, all are taken at once.
     """
+
+    def finished(rows: Any, shared: Any) -> Any:
+        return finish(rows, function(rows, shared))
+
+    def together(rows: Any, shared: Any) -> Any:
+        return finish(rows, _in_order(apart(function)(rows, shared)))
 
     @custom_vmap
     def whole(rows: Any, shared: Any) -> Any:
-        return _in_order(apart(function)(rows, shared))
+        blocks = _number_of_blocks(len(jax.tree.leaves(rows)[0]), at_once)
+        if blocks == 1:
+            return together(rows, shared)
+        return jax.lax.platform_dependent(rows, shared, cpu=partial(_by_blocks, together, blocks), default=together)
 
     @whole.def_vmap
     def merged(axis_size: int, in_batched: Any, rows: Any, shared: Any) -> tuple[Any, Any]:
         if any(jax.tree.leaves(in_batched[1])):
             axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
-            outputs = jax.vmap(apart_under_vmap(function), in_axes=axes, axis_size=axis_size)(rows, shared)
+            outputs = jax.vmap(apart_under_vmap(finished), in_axes=axes, axis_size=axis_size)(rows, shared)
         else:
             outputs = whole(jax.tree.map(partial(_all_rows, axis_size), rows, in_batched[0]), shared)
             outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), outputs)
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return whole
+
+
+def _number_of_blocks(rows: int, at_once: int | None) -> int:
+    """The least number of equal blocks of at most `at_once` rows, if there are a few, and not only of far fewer rows; else 1."""
+    if at_once is None or rows <= 4 * at_once:
+        return 1
+    return next((blocks for blocks in range(-(-rows // at_once), 4 * rows // at_once) if rows % blocks == 0), 1)
+
+
+def _by_blocks(function: Callable[..., Any], blocks: int, rows: Any, shared: Any) -> Any:
+    """What a function of rows gives, one block of them after the other."""
+    parts = jax.tree.map(lambda leaf: leaf.reshape(blocks, leaf.shape[0] // blocks, *leaf.shape[1:]), rows)
+    outputs = jax.lax.map(lambda part: function(part, shared), parts)
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), outputs)
 
 
 def _all_rows(axis_size: int, leaf: jax.Array, batched: bool) -> jax.Array:

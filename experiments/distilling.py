@@ -181,7 +181,7 @@ def _counts(data: Sequences) -> Bool[Array, "T B 1"]:
 
 
 def _values(variables: Any, networks: Networks, data: Sequences) -> Float[Array, "T B 1"]:
-    observation = observe(networks, data.slots.record, data.slots.task, data.task)
+    observation = learner.observed(networks, data)
     return learner.team_values(variables, variables, networks, data, observation).online
 
 

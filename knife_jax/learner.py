@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Observation
 from knife_jax.config import Config
-from knife_jax.model import Hyper, Networks, Params, States, draw_params, mixer_state, observe, task_code
-from knife_jax.networks.agents import agent_inputs, mask_unavailable
+from knife_jax.model import Hyper, Networks, Params, States, draw_params, mixer_state, observe_fed, task_code
+from knife_jax.networks.agents import mask_unavailable
 from knife_jax.networks.mixers import MixerInputs
 from knife_jax.plasticity.method import Trees, Variables, keep_state, no_fading, no_penalty
 from knife_jax.replay import Continuation, Sequences
@@ -185,7 +185,7 @@ def loss_fn(
     """
     settings, swept = networks.config.learner, hyper["learner"]
     slots = batch.slots
-    observation = observe(networks, slots.record, slots.task, batch.task)
+    observation = observed(networks, batch)
     valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
     acting = valid & observation.agent_mask
     if variables.get("taps"):
@@ -212,14 +212,25 @@ def loss_fn(
     return mean_square * scale, metrics
 
 
+def observed(networks: Networks, batch: Sequences) -> Observation:
+    """Renders a batch; what it says of `agents` is all that their network is fed, see `agent_inputs`."""
+    slots = batch.slots
+    return observe_fed(networks, slots.record, slots.task, batch.task, batch.last_actions, batch.starts)
+
+
 def team_values(variables: Variables, target: Variables, networks: Networks, batch: Sequences, observation: Observation) -> TeamValues:
     """Team values of the actions taken (online) and of the next greedy actions (target), at every slot.
 
     Sequences of one slot hold only terminated steps, which bootstrap from nothing; their target network is not run.
+
+    Args:
+        variables: of the online network.
+        target: of the target network.
+        networks: the modules.
+        batch: sequences from the replay.
+        observation: `observed(networks, batch)`.
     """
-    task = task_code(networks, batch.slots.task)
-    inputs = agent_inputs(networks.config.agent, observation, batch.last_actions, batch.starts, task)
-    state = mixer_state(observation, task)
+    inputs, state = observation.agents, mixer_state(observation, task_code(networks, batch.slots.task))
     online = _unroll(variables, networks, inputs, batch)
     greedy = mask_unavailable(online, observation.action_mask).argmax(axis=-1)
     detached = jax.lax.stop_gradient(mask_unavailable(online, observation.action_mask))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.apart import apart_over_rows
 from envs.base import Environment, Observation, Tasks
@@ -148,16 +148,44 @@ def observe(networks: Networks, record: Any, task: Int[Array, "*N"], only: Int[A
         task: the task of each.
         only: the task of all of them, if they share one: SMAX is rendered several times faster if parameters are not read per record.
     """
+    return _rendered(networks, (record, task), only, lambda rows, seen: seen)
+
+
+def observe_fed(
+    networks: Networks,
+    record: Any,
+    task: Int[Array, "*N"],
+    only: Int[Array, ""] | None,
+    last_actions: Int[Array, "*N A"],
+    starts: Bool[Array, "*N"],
+) -> Observation:
+    """`observe`, with all that the agents' network is fed in place of the agents' views; see `agent_inputs`."""
+
+    def fed(rows: Any, seen: Observation) -> Observation:
+        _, task, last_actions, starts = rows
+        return seen._replace(agents=agent_inputs(networks.config.agent, seen, last_actions, starts, task_code(networks, task)))
+
+    return _rendered(networks, (record, task, last_actions, starts), only, fed)
+
+
+CACHED_BYTES = 2**21
+"""About how much of what agents see is rendered at once on processors, where it is much more: the steps that make it read what the step
+before them wrote while it is still in a cache."""
+
+
+def _rendered(networks: Networks, rows: Any, only: Int[Array, ""] | None, finish: Callable[[Any, Observation], Observation]) -> Observation:
+    """What is made of rows that begin with `(record, task)`, and of what is seen of these; over the batch axes of the task."""
     if len(networks.tasks.names) == 1:
         only = jnp.int32(0)
-    axes = task.shape
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(axes) :]), record)
+    axes, env = rows[1].shape, networks.env
+    at_once = max(1, CACHED_BYTES // (4 * env.num_agents * env.observation_size))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(axes) :]), rows)
     if only is None:
-        each = jax.vmap(lambda record, task: networks.env.observe(record, networks.tasks.at(task)))
-        seen = apart_over_rows(lambda rows, _: each(*rows))((flat, task.reshape(-1)), ())
+        each = jax.vmap(lambda record, task: env.observe(record, networks.tasks.at(task)))
+        seen = apart_over_rows(lambda rows, _: each(*rows[:2]), finish, at_once)(flat, ())
     else:
-        render = jax.vmap(networks.env.observe, in_axes=(0, None))
-        seen = apart_over_rows(lambda rows, task: render(rows, networks.tasks.at(task)))(flat, only)
+        render = jax.vmap(env.observe, in_axes=(0, None))
+        seen = apart_over_rows(lambda rows, task: render(rows[0], networks.tasks.at(task)), finish, at_once)(flat, only)
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), seen)
 
 

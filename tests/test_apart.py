@@ -97,6 +97,31 @@ def test_over_rows_what_is_vmapped_becomes_more_rows():
         assert many in rows_seen, name
 
 
+def test_many_rows_are_taken_in_blocks():
+    """Of equal size, over a vmapped axis too, with the same results; all at once on accelerators, and where there are few or no divisor."""
+    rows_seen = []
+
+    def halved(rows, factor):
+        rows_seen.append(rows.shape)
+        return rows * factor
+
+    def finish(rows, outputs):
+        return outputs + rows[:, :1]
+
+    function = apart_over_rows(halved, finish, at_once=8)
+    for shape, blocks in (((40, 3), 8), ((32, 3), 32), ((37, 3), 37), ((4, 10, 3), 8), ((4, 11, 3), 4)):
+        rows_seen.clear()
+        jax.clear_caches()
+        rows = jax.random.normal(jax.random.key(0), shape)
+        mapped = jax.vmap(function, in_axes=(0, None)) if len(shape) == 3 else function
+        np.testing.assert_array_equal(jax.jit(mapped)(rows, 0.5), rows * 0.5 + rows[..., :1])
+        assert (blocks, 3) in rows_seen
+    lowered = {
+        platform: jax.jit(function).trace(rows[0].repeat(8, 0), 0.5).lower(lowering_platforms=(platform,)) for platform in ("cpu", "cuda")
+    }
+    assert {platform: "stablehlo.while" in text.as_text() for platform, text in lowered.items()} == {"cpu": True, "cuda": False}
+
+
 def test_in_one_context_nothing_is_traced_twice():
     """What is met directly and again under `vmap` of what was traced, as a game's step is: once in the context, twice outside of it."""
     traced = []

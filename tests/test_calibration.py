@@ -26,7 +26,7 @@ def _joint_table(config, params):
     batch = Sequences(slots, jnp.zeros_like(joint), jnp.ones(rows, bool), jnp.zeros(rows, bool))
 
     def table(params):
-        observation = learner.observe(networks, slots.record, slots.task)
+        observation = learner.observed(networks, batch)
         return learner.team_values(params, params, networks, batch, observation).online.reshape(size, size)
 
     return np.asarray(jax.vmap(table)(params))

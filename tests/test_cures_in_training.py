@@ -169,7 +169,7 @@ def test_an_intervention_leaves_every_value_as_it_was(mixer, recurrent, composit
     config = _config({**ALWAYS, "composite": composite}, learner={"mixer": mixer}, agent={"recurrent": recurrent, "hidden_size": 8})
     program, state, batch = primed(config)
     networks, hyper = program.networks, config.hyper
-    observation = learner.observe(networks, batch.slots.record, batch.slots.task)
+    observation = learner.observed(networks, batch)
 
     @jax.jit
     def values(state):

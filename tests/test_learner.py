@@ -13,7 +13,7 @@ import pytest
 from envs.base import stack_tasks
 from knife_jax import collect, learner, make_program, replay
 from knife_jax.config import Config
-from knife_jax.model import draw_params, make_networks
+from knife_jax.model import draw_params, make_networks, observe
 from knife_jax.networks.agents import UNAVAILABLE, agent_inputs, initial_hidden
 from knife_jax.networks.mixers import MixerInputs
 from knife_jax.replay import Continuation
@@ -145,7 +145,7 @@ def _targets(config, networks, state, batch):
 
 def _team_values(params, networks, batch, **masks):
     def values(params, batch):
-        observation = learner.observe(networks, batch.slots.record, batch.slots.task)._replace(**masks)
+        observation = learner.observed(networks, batch)._replace(**masks)
         return learner.team_values({"params": params}, {"params": params}, networks, batch, observation)
 
     return jax.jit(values)(params, batch)
@@ -365,7 +365,7 @@ def _step_by_step(networks, params, batch, observation):
 
 def _reference_loss(config, networks, params, target_params, batch):
     """The loss from its definition, slot by slot: double-Q, masks, mixing, TD(lambda), mean over valid slots."""
-    observation = learner.observe(networks, batch.slots.record, batch.slots.task)
+    observation = observe(networks, batch.slots.record, batch.slots.task)
     swept = config.hyper["learner"]
     online, target = (_step_by_step(networks, tree, batch, observation) for tree in (params, target_params))
     mask, state = np.asarray(observation.action_mask), np.asarray(observation.state)
