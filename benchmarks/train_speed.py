@@ -14,10 +14,11 @@ processor time (`_cpu`, which other jobs on the machine disturb less); `over_fir
 `--peer` times JaxMARL's `qmix_rnn.py`, from a checkout of its repository, against the preset `jaxmarl_qmix_smax`, in one process and in
 turn: same sizes, batches, optimizer and rounds, a replay of 512 rollouts, no tests and no evaluations. Gradient steps are timed apart
 from collecting, by runs that never learn; as differences, these rates come from the least times of the repeats. Both are compiled several
-times in turn, from nothing, and the least counts. What differs: the script
-stores observations where ours stores records and renders them; its environments reset within the step that ends an episode, ours on the
-next one; it bootstraps through the ends of episodes; its epsilon counts rounds, ours steps. Its environment is that of the JaxMARL that
-is installed.
+times in turn, from nothing, and the least counts.
+
+What differs: the script stores observations where ours stores records and renders them; its environments reset within the step that ends
+an episode, ours on the next one; it bootstraps through the ends of episodes; its epsilon counts rounds, ours steps. Its environment is
+that of the JaxMARL that is installed.
 """
 
 import argparse
@@ -68,6 +69,8 @@ def arguments() -> argparse.Namespace:
     add_output(parser)
     settings = parser.parse_args()
     settings.games = settings.games or (QUICK if settings.quick or settings.peer else GAMES)
+    if min(settings.rounds, settings.repeats, settings.compilations) < 1:
+        sys.exit("--rounds, --repeats and --compilations: at least 1")
     settings.repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
     if settings.peer and (settings.mixers != ["qmix"] or not all(game.startswith(("smax/", "jaxmarl/")) for game in settings.games)):
         sys.exit("--peer: JaxMARL's script is QMIX, and is timed on its SMAX scenarios; leave --mixers out, and give games as smax/3m")
@@ -155,12 +158,10 @@ def against_peer(settings: argparse.Namespace, game: str, hidden: int, seeds: in
     for index, (name, collected) in enumerate((("ours", chunks * settings.rounds), ("jaxmarl", peer.rounds))):
         for kind in ("cpu", "wall"):
             row[f"{name}_compile_{kind}_s"] = round(min(getattr(pair[index], f"compile_{kind}") for pair in sides), 1)
-        for kind in ("cpu", "wall"):
             collecting = getattr(timed[f"{name}_collect"], f"least_{kind}") / collected
             whole = getattr(timed[f"{name}_learn"], f"least_{kind}") / settings.rounds
-            whole -= (
-                collecting * (collected / settings.rounds - 1) if name == "jaxmarl" else 0.0
-            )  # its runs begin with rounds that only collect
+            if name == "jaxmarl":  # its runs begin with rounds that only collect
+                whole -= collecting * (collected / settings.rounds - 1)
             row[f"{name}_env_steps_per_s_{kind}"] = significant(seeds * slots / collecting)
             row[f"{name}_gradient_steps_per_s_{kind}"] = significant(ours.updates / settings.rounds / (whole - collecting))
             row[f"{name}_round_ms_{kind}"] = significant(1e3 * whole)

@@ -130,10 +130,8 @@ def unit_list(parts: Listed) -> Float[Array, "A D B"]:
     is_position = ((feature == 1) | (feature == 2))[None, None, :, None]
     relative = jnp.where(is_position, (other - features[:num_allies, None]) * scale[:, None, None], other)
     is_own = (jnp.arange(num_units) == num_units - 1)[None, :, None, None]
-    views = jnp.where(is_own, own[:, None], shown.swapaxes(0, 1)[:, :, None] * relative).reshape(
-        num_allies, num_units * UNIT_FEATURES, size
-    )
-    return views[:, : (num_units - 1) * UNIT_FEATURES + OWN_FEATURES]
+    views = jnp.where(is_own, own[:, None], shown.swapaxes(0, 1)[:, :, None] * relative)
+    return views.reshape(num_allies, num_units * UNIT_FEATURES, size)[:, : (num_units - 1) * UNIT_FEATURES + OWN_FEATURES]
 
 
 def _comes_before(num_allies: int, num_units: int) -> Bool[Array, "A N 1"]:

@@ -20,10 +20,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Path = tuple[str, ...]
 Noise = Literal["uniform", "normal", "truncated", "none"]
 
-_DRAWS: dict[str, Callable[..., Array]] = {
+_DRAWS: dict[Noise, Callable[..., Array]] = {
     "uniform": partial(jax.random.uniform, minval=-1.0, maxval=1.0),
     "normal": jax.random.normal,
     "truncated": partial(jax.random.truncated_normal, lower=-2.0, upper=2.0),
+    "none": lambda _, shape: jnp.zeros(0),
 }
 _TRUNCATED_DEVIATION = 0.87962566103423978
 """The standard deviation of a normal number that is drawn again beyond two deviations."""
@@ -46,10 +47,10 @@ class Law(NamedTuple):
 
     def draw(self, key: PRNGKeyArray) -> Array:
         """Draws the parameter alone."""
-        return self.made_of(_DRAWS[self.noise](key, shape=(math.prod(self.shape),)) if self.noise != "none" else jnp.zeros(0))
+        return self.made_of(_DRAWS[self.noise](key, shape=(math.prod(self.shape),)))
 
     def made_of(self, numbers: Float[Array, "N"]) -> Array:
-        """The parameter, from as many numbers of noise as it has entries."""
+        """The parameter, from as many numbers of noise as it has entries, or none where it has no noise."""
         if self.noise == "none":
             return jnp.zeros(self.shape)
         if self.orthogonal is None:
@@ -126,13 +127,12 @@ def laws_of(init: Callable[[], Any]) -> dict[Path, Law]:
 def draw_all(key: PRNGKeyArray, laws: Mapping[Path, Law]) -> dict[str, Any]:
     """Parameters as nested dicts, each following its law; one draw gives the noise of a kind for all of them."""
     numbers = {noise: _noise(key, noise, [law for law in laws.values() if law.noise == noise]) for noise in _DRAWS}
-    nothing = jnp.zeros(0)
-    return unflatten_dict({path: law.made_of(next(numbers[law.noise]) if law.noise != "none" else nothing) for path, law in laws.items()})
+    return unflatten_dict({path: law.made_of(next(numbers[law.noise])) for path, law in laws.items()})
 
 
-def _noise(key: PRNGKeyArray, noise: str, laws: Sequence[Law]) -> Iterator[Array]:
+def _noise(key: PRNGKeyArray, noise: Noise, laws: Sequence[Law]) -> Iterator[Array]:
     """The noise that each of the laws, all of one kind, takes."""
-    sizes = [math.prod(law.shape) for law in laws]
+    sizes = [0 if noise == "none" else math.prod(law.shape) for law in laws]
     if laws:
         numbers = _DRAWS[noise](jax.random.fold_in(key, list(_DRAWS).index(noise)), shape=(sum(sizes),))
         ends = itertools.accumulate(sizes)
