@@ -77,14 +77,14 @@ def apart_over_rows(
             outputs = jax.vmap(apart_under_vmap(finished), in_axes=axes, axis_size=axis_size)(rows, shared)
         else:
             outputs = whole(jax.tree.map(partial(_all_rows, axis_size), rows, in_batched[0]), shared)
-            outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), outputs)
+            outputs = _in_parts(axis_size, outputs)
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return whole
 
 
 def _number_of_blocks(rows: int, at_once: int | None) -> int:
-    """The least number of equal blocks of at most `at_once` rows, if there are a few, and not only of far fewer rows; else 1."""
+    """The least number of equal blocks of at most `at_once` rows, but of more than a quarter of that; 1 if there is none, or few rows."""
     if at_once is None or rows <= 4 * at_once:
         return 1
     return next((blocks for blocks in range(-(-rows // at_once), 4 * rows // at_once) if rows % blocks == 0), 1)
@@ -92,9 +92,13 @@ def _number_of_blocks(rows: int, at_once: int | None) -> int:
 
 def _by_blocks(function: Callable[..., Any], blocks: int, rows: Any, shared: Any) -> Any:
     """What a function of rows gives, one block of them after the other."""
-    parts = jax.tree.map(lambda leaf: leaf.reshape(blocks, leaf.shape[0] // blocks, *leaf.shape[1:]), rows)
-    outputs = jax.lax.map(lambda part: function(part, shared), parts)
-    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), outputs)
+    outputs = jax.lax.map(lambda part: function(part, shared), _in_parts(blocks, rows))
+    return jax.tree.map(lambda leaf: _all_rows(blocks, leaf, batched=True), outputs)
+
+
+def _in_parts(parts: int, tree: Any) -> Any:
+    """Rows `[parts N, ...]` as `[parts, N, ...]`."""
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), tree)
 
 
 def _all_rows(axis_size: int, leaf: jax.Array, batched: bool) -> jax.Array:

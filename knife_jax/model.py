@@ -26,6 +26,10 @@ Params = Any
 Hyper = dict[str, dict[str, Any]]
 States = dict[str, Array]
 
+CACHED_BYTES = 2**21
+"""About how much of what agents see is rendered at once on processors, where there is much more of it: each of the steps that make it
+then reads what the one before wrote while it is still in a cache."""
+
 
 class Networks(NamedTuple):
     """The modules and static facts that losses and policies close over.
@@ -166,11 +170,6 @@ def observe_fed(
         return seen._replace(agents=agent_inputs(networks.config.agent, seen, last_actions, starts, task_code(networks, task)))
 
     return _rendered(networks, (record, task, last_actions, starts), only, fed)
-
-
-CACHED_BYTES = 2**21
-"""About how much of what agents see is rendered at once on processors, where it is much more: the steps that make it read what the step
-before them wrote while it is still in a cache."""
 
 
 def _rendered(networks: Networks, rows: Any, only: Int[Array, ""] | None, finish: Callable[[Any, Observation], Observation]) -> Observation:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from envs import registry
-from knife_jax import Config, collect, make_program, replay
+from knife_jax import Config, collect, learner, make_program, model, replay
 from knife_jax.model import observe
+from knife_jax.networks.agents import agent_inputs
 from knife_jax.replay import Continuation
 
 ENVS, LENGTH, CAPACITY, SEQUENCE, ROUNDS = 3, 6, 24, 5, 7
@@ -106,6 +107,22 @@ def test_replayed_observations_are_those_that_were_seen(name):
     np.testing.assert_array_equal(batch.slots.task, play.tasks[time])
     again = jax.jit(partial(observe, play.networks))(batch.slots.record, batch.slots.task)
     jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old[time, env]), again, play.seen)
+
+
+@pytest.mark.parametrize("name", ["two_step", "predator_prey", "smax"])
+def test_what_agents_are_fed_is_the_same_in_blocks(name, monkeypatch):
+    """Bit for bit, as with all records rendered at once and completed afterwards; where a game has several tasks, under all of them."""
+    play = played(name)
+    networks, (batch, _, _) = play.networks, sequences(play)
+    env, slots = networks.env, batch.slots
+    monkeypatch.setattr(model, "CACHED_BYTES", 512 * 4 * env.num_agents * env.observation_size)
+    in_blocks = jax.jit(lambda batch: learner.observed(networks, batch)).lower(batch)
+    monkeypatch.setattr(model, "CACHED_BYTES", 2**40)
+    at_once = jax.jit(lambda batch: learner.observed(networks, batch)).lower(batch)
+    assert in_blocks.as_text().count("stablehlo.while") == at_once.as_text().count("stablehlo.while") + 1
+    whole = jax.jit(partial(observe, networks))(slots.record, slots.task)
+    inputs = agent_inputs(networks.config.agent, whole, batch.last_actions, batch.starts)
+    jax.tree.map(np.testing.assert_array_equal, in_blocks.compile()(batch), whole._replace(agents=inputs))
 
 
 @pytest.mark.parametrize("name", GAMES)
