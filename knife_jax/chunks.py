@@ -7,7 +7,7 @@ Shapes: S seeds, R evaluations that a chunk has room for, K distinct tasks.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from knife_jax.config import merge_hyper
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
 from knife_jax.program import Period, Place, Program, Row, RunnerState, make_row, new_period
+from knife_jax.split import WHOLE
 
 MOST_ROWS = 64
 """A chunk has room for the metrics of so many evaluations."""
@@ -64,6 +65,11 @@ class Pieces:
     """
 
     program: Program
+
+    @property
+    def unsplit(self) -> "Pieces":
+        """The same functions, of the same shapes, for one device, outside of `shard_map`."""
+        return Pieces(replace(self.program, networks=self.program.networks._replace(split=WHOLE)))
 
     @property
     def rounds_per_task(self) -> int:

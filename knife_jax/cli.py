@@ -65,8 +65,8 @@ class TrainArguments:
     seeds_per_batch: int | None = None
     """At most so many side by side, the batches following one another; as many as an estimate says fit into memory if not given."""
     devices: int | None = None
-    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given. Without an accelerator every
-    processor core is one."""
+    """Over how many devices the seeds are spread; as many as there are, and no more than seeds, if not given. A multiple of the seeds side
+    by side has several devices share each of them. Without an accelerator every processor core is one."""
     chunk_rounds: int | None = None
     """Rounds between two looks at the clock, the log and signals; as many as last about two seconds if not given. Changes no result."""
     out: Path | None = None
@@ -221,7 +221,8 @@ def _train_part(console: Console, place: Place, parsed: TrainArguments) -> dict[
     devices = runner.choose_devices(lanes, options["seeds_per_batch"], parsed.devices)
     if not place.resume:
         options["seeds_per_batch"] = _fitting(console, config, lanes, parsed.seeds_per_batch, devices)
-    width = runner.batch_width(lanes, options["seeds_per_batch"], devices)
+    parts = runner.parts_of_a_seed(lanes, options["seeds_per_batch"], devices)
+    width = runner.batch_width(lanes, options["seeds_per_batch"], devices // parts)
     with ProgressLine(console, config, lanes, width) as line:
         told = {name: getattr(parsed, name) for name in ("chunk_rounds", "saving", "wandb")}
         finished = runner.run_part(place, progress=line, **options, **told)
@@ -239,17 +240,18 @@ def _fitting(console: Console, config: Config, seeds: int, seeds_per_batch: int 
         ValueError: if not even one seed fits, or not as many as were asked for.
     """
     memory, available = seed_memory(config), available_memory()
+    groups = devices // runner.parts_of_a_seed(seeds, seeds_per_batch, devices)
     if jax.default_backend() == "cpu":
         available //= devices // jax.process_count()  # which share the machine's memory
     available = -int(most(-available)[0])  # the same everywhere, for the same batches
     if seeds_per_batch is None:
-        most_on_each = -(-seeds // devices)
+        most_on_each = -(-seeds // groups)
         if jax.default_backend() == "cpu":
             most_on_each = min(most_on_each, SEEDS_FOR_A_CORE)
-        seeds_per_batch = devices * fit_seeds(memory, config, most_on_each, available)
-    width = runner.batch_width(seeds, seeds_per_batch, devices)
-    console.print(memory.describe(width // devices, available) + (" on each device" if devices > 1 else ""), highlight=False)
-    check_seeds(memory, config, width // devices, available)
+        seeds_per_batch = groups * fit_seeds(memory, config, most_on_each, available)
+    width = runner.batch_width(seeds, seeds_per_batch, groups)
+    console.print(memory.describe(width // groups, available) + (" on each device" if devices > 1 else ""), highlight=False)
+    check_seeds(memory, config, width // groups, available)
     if width < seeds:
         console.print(f"  {-(-seeds // width)} batches of {width} seeds")
     return seeds_per_batch

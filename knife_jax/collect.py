@@ -3,6 +3,7 @@
 Shapes: E environments, T slots of a rollout, A agents, U actions.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import distrax
@@ -75,17 +76,23 @@ def explore(
     """
     env = acting_environment(networks.env, networks.config.collect.mode)
     task_params = networks.tasks.at(task)
+    split = networks.split.of(len(collector.actors.starts))
 
-    def one_slot(collector: CollectorState, keys: Array) -> tuple[CollectorState, tuple[Slot, Bundle]]:
+    def one_slot(collector: CollectorState, keys: tuple[PRNGKeyArray, Array]) -> tuple[CollectorState, tuple[Slot, Bundle]]:
         epsilon = epsilon_at(collector.explored_env_steps, hyper)
-        actors, slot, outcome = _advance((keys[0], keys[1:]), variables, networks, env, collector.actors, task, task_params, epsilon)
+
+        def choose(values: Array, action_mask: Array) -> Array:
+            return split.drawn(lambda values, mask: epsilon_greedy(keys[0], values, mask, epsilon), values, action_mask)
+
+        actors, slot, outcome = _advance(choose, keys[1], variables, networks, env, collector.actors, task, task_params)
         steps = (~outcome.info["reset"]).sum().astype(jnp.float32)
-        collector = CollectorState(actors, collector.explored_env_steps + steps)
+        collector = CollectorState(actors, collector.explored_env_steps + split.summed(steps))
         return collector, (slot, bundled({**_ended(outcome), "env_steps": steps, "epsilon": epsilon}))
 
-    collector, (rollout, of_slots) = jax.lax.scan(one_slot, collector, keys)
-    metrics = Bundle(of_slots.names, of_slots.values.sum(axis=0) / np.where(IS_LAST, len(keys), 1))
-    return collector, rollout, metrics
+    own = collector._replace(actors=split.own(collector.actors))
+    collector, (rollout, of_slots) = jax.lax.scan(one_slot, own, (keys[:, 0], split.own(keys[:, 1:], axis=1)))
+    metrics = Bundle(of_slots.names, split.summed(of_slots.values.sum(axis=0)) / np.where(IS_LAST, len(keys) * split.parts, 1))
+    return collector._replace(actors=split.gathered(collector.actors)), split.gathered(rollout, axis=1), metrics
 
 
 def cut_rollout(rollout: Slot) -> Slot:
@@ -103,14 +110,16 @@ def evaluate(key: PRNGKeyArray, variables: Variables, networks: Networks, task: 
     env = IdleAfterEnd(EpisodeStatistics(networks.env))
     task_params = networks.tasks.at(task)
     key_reset, key_steps = jax.random.split(key)
-    actors = init_actors(jax.random.split(key_reset, episodes), networks, env, task_params)
+    split = networks.split.of(episodes)
+    actors = init_actors(split.own(jax.random.split(key_reset, episodes)), networks, env, task_params)
 
     def one_step(actors: ActorState, key: PRNGKeyArray) -> tuple[ActorState, Metrics]:
-        actors, _, outcome = _advance((key, jax.random.split(key, episodes)), variables, networks, env, actors, task, task_params, None)
+        keys = split.own(jax.random.split(key, episodes))
+        actors, _, outcome = _advance(greedily, keys, variables, networks, env, actors, task, task_params)
         return actors, _ended(outcome)
 
     _, sums = jax.lax.scan(one_step, actors, jax.random.split(key_steps, env.max_steps))
-    metrics = {name: sums[name].sum() / episodes for name in ("return", "won", "length")}
+    metrics = split.summed({name: sums[name].sum() / episodes for name in ("return", "won", "length")})
     optimum = networks.env.optimal_return(task_params)
     return {**metrics, "optimum_share": jnp.where(optimum > 0, metrics["return"] / jnp.where(optimum > 0, optimum, 1.0), jnp.nan)}
 
@@ -126,32 +135,34 @@ def epsilon_greedy(
     key: PRNGKeyArray, values: Float[Array, "*N U"], action_mask: Bool[Array, "*N U"], epsilon: Float[Array, ""]
 ) -> Int[Array, "*N"]:
     """Draws each agent's action from a mixture of the greedy action and a uniform one, over available actions only."""
-    greedy = jax.nn.one_hot(mask_unavailable(values, action_mask).argmax(axis=-1), values.shape[-1])
+    greedy = jax.nn.one_hot(greedily(values, action_mask), values.shape[-1])
     uniform = action_mask / action_mask.sum(axis=-1, keepdims=True)
     return distrax.Categorical(probs=(1 - epsilon) * greedy + epsilon * uniform).sample(seed=key)
 
 
+def greedily(values: Float[Array, "*N U"], action_mask: Bool[Array, "*N U"]) -> Int[Array, "*N"]:
+    """Each agent's best available action."""
+    return mask_unavailable(values, action_mask).argmax(axis=-1)
+
+
 def _advance(
-    keys: tuple[PRNGKeyArray, Array],
+    choose: Callable[[Array, Array], Array],
+    keys: Key[Array, "E"],
     variables: Variables,
     networks: Networks,
     env: AutoReset,
     actors: ActorState,
     task: Int[Array, ""],
     task_params: EnvParams,
-    epsilon: Float[Array, ""] | None,
 ) -> tuple[ActorState, Slot, Outcome]:
-    """One slot in every environment; greedy if `epsilon` is None. Keys: one to draw actions, and one for each environment."""
+    """One slot in every environment, with a key for each; `choose` makes actions of values and of which are available."""
     num_envs = actors.starts.shape[0]
     record = jax.vmap(env.record)(actors.env)
     observation = jax.vmap(env.observe, in_axes=(0, None))(record, task_params)
     values, hidden = _act_values(variables, networks, observation, actors, task)
-    if epsilon is None:
-        actions = mask_unavailable(values, observation.action_mask).argmax(axis=-1)
-    else:
-        actions = epsilon_greedy(keys[0], values, observation.action_mask, epsilon)
+    actions = choose(values, observation.action_mask)
     step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
-    state, outcome = step(keys[1], actors.env, actions.astype(jnp.int32), task_params)
+    state, outcome = step(keys, actors.env, actions.astype(jnp.int32), task_params)
     continuation = continuation_of(outcome)
     tasks = jnp.full(num_envs, task, jnp.int16)
     slot = Slot(record, actions.astype(action_dtype(env.num_actions)), outcome.reward, continuation, tasks)

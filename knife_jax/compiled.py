@@ -1,6 +1,7 @@
 """The pieces of a run compiled for many seeds, spread over devices.
 
-Every device works on its own share of the seeds with a program of its own; nothing is exchanged between them while they train.
+Every device works on its own share of the seeds with a program of its own; nothing is exchanged between them while they train. Where there
+are more devices than seeds, several of them share each seed; see `split`.
 
 Shapes: S seeds, R evaluations that a chunk has room for, K distinct tasks.
 """
@@ -19,6 +20,7 @@ from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
 from knife_jax.cores import compile_quickly, compile_start, compile_training
 from knife_jax.learner import Metrics
 from knife_jax.program import Row, RunnerState
+from knife_jax.split import PARTS
 
 SEEDS = "seeds"
 """The name of the seeds' axis in the mesh of devices."""
@@ -46,9 +48,9 @@ class Compiled(NamedTuple):
     finish: Callable[..., tuple[RunnerState, Row, Metrics]]
 
 
-def seeds_mesh(count: int) -> Mesh:
-    """A row of so many devices, of every process as many, over which the seeds' axis is split."""
-    return Mesh(np.asarray(hosts.devices_of_all(count)), (SEEDS,))
+def seeds_mesh(count: int, parts: int = 1) -> Mesh:
+    """So many devices, of every process as many: the seeds' axis is split over groups of them, and every seed over the parts of a group."""
+    return Mesh(np.asarray(hosts.devices_of_all(count)).reshape(-1, parts), (SEEDS, PARTS))
 
 
 def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Mesh) -> Compiled:
@@ -56,11 +58,11 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
 
     Args:
         pieces: the run for one seed.
-        keys: `[S]`, of which only the shape matters; S is a multiple of the number of devices.
+        keys: `[S]`, of which only the shape matters; S is a multiple of the number of groups of devices.
         swept: leaves of `config.hyper` `[S]`, of which only the shapes matter.
-        mesh: the devices.
+        mesh: the devices, `seeds_mesh`; in a group of it there are as many as the program is split over.
     """
-    axes = seed_axes(pieces, keys[0], jax.tree.map(lambda leaf: leaf[0], swept))
+    axes = seed_axes(pieces.unsplit, keys[0], jax.tree.map(lambda leaf: leaf[0], swept))
 
     def lower(
         function: Callable[..., Any], ins: tuple[Any, ...], outs: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = ()

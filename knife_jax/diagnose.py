@@ -51,13 +51,14 @@ def diagnose(
 
     def one_batch(carry: tuple[scores.Window, Any, Any], key: PRNGKeyArray) -> tuple[tuple[scores.Window, Any, Any], None]:
         window, grads_so_far, seen_so_far = carry
-        batch = replay.sample(key, stored, settings.batch_size, plan.sequence_slots, plan.sequence_stride, settings.burn_in)
+        split = networks.split
+        batch = replay.sample(key, stored, settings.batch_size, plan.sequence_slots, plan.sequence_stride, settings.burn_in, split)
 
         def objective(params: Any, taps: Any) -> Array:
             variables = {"params": params, "reserve": learned.reserve, "taps": taps}
             return learner.loss_fn(variables, learned.target_variables, networks, batch, hyper)[0]
 
-        grads, seen = jax.grad(objective, argnums=(0, 1))(learned.params, diagnostics.blank_taps(graph))
+        grads, seen = split.summed(jax.grad(objective, argnums=(0, 1))(learned.params, diagnostics.blank_taps(graph)))
         window = scores.watch(window, graph, flat(grads), leaves)
         return (window, diagnostics.add(grads_so_far, grads), diagnostics.add(seen_so_far, seen)), None
 

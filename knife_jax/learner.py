@@ -180,10 +180,10 @@ def loss_fn(
         hyper: sweepable numbers.
 
     Returns:
-        The loss, and metrics: `loss`, `td_error` (root mean square over valid transitions), `q_tot`, `target` (their means), `greedy_share`
-        (how often the action taken is the greedy one) and `valid_share`.
+        The loss, of a seed that is split this device's part of it; and metrics of the whole: `loss`, `td_error` (root mean square over
+        valid transitions), `q_tot`, `target` (their means), `greedy_share` (how often the action taken is the greedy one) and `valid_share`.
     """
-    settings, swept = networks.config.learner, hyper["learner"]
+    settings, swept, split = networks.config.learner, hyper["learner"], networks.split
     slots = batch.slots
     observation = observed(networks, batch)
     valid = ((slots.continuation != Continuation.CUT) & ~batch.burn_in)[..., None]
@@ -198,18 +198,19 @@ def loss_fn(
     acting = acting.astype(reward.dtype)
     mask = jnp.broadcast_to(valid, values.online.shape).astype(values.online.dtype)
     error = mask * (values.online - jax.lax.stop_gradient(targets))
-    count = jnp.maximum(mask.sum(), 1.0)
+    number, acted = split.summed((mask.sum(), acting.sum()))
+    count, slots_of_all = jnp.maximum(number, 1.0), mask.size * split.parts
     mean_square = jnp.square(error).sum() / count
-    scale = swept["loss_scale"] if settings.loss_mean == "valid" else swept["loss_scale"] * count / mask.size
-    metrics = {
+    scale = swept["loss_scale"] if settings.loss_mean == "valid" else swept["loss_scale"] * count / slots_of_all
+    shares = {
         "loss": mean_square * scale,
-        "td_error": jnp.sqrt(mean_square),
+        "td_error": mean_square,
         "q_tot": (mask * values.online).sum() / count,
         "target": (mask * targets).sum() / count,
-        "greedy_share": (acting * values.agrees).sum() / jnp.maximum(acting.sum(), 1.0),
-        "valid_share": mask.mean(),
+        "greedy_share": (acting * values.agrees).sum() / jnp.maximum(acted, 1.0),
     }
-    return mean_square * scale, metrics
+    metrics = split.summed(jax.lax.stop_gradient(shares)) | {"valid_share": number / slots_of_all}
+    return shares["loss"], metrics | {"td_error": jnp.sqrt(metrics["td_error"])}
 
 
 def observed(networks: Networks, batch: Sequences) -> Observation:
@@ -256,10 +257,11 @@ def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyp
         variables = {"params": params, "reserve": state.reserve, "taps": taps}
         loss, metrics = loss_fn(variables, state.target_variables, networks, batch, hyper)
         if cure.penalty is not no_penalty:
-            loss = loss + cure.penalty(params, state.cure)
+            loss = loss + cure.penalty(params, state.cure) / networks.split.parts
         return loss, metrics
 
-    (grads, seen), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(state.params, cure.taps(state.cure))
+    of_part, metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(state.params, cure.taps(state.cure))
+    grads, seen = networks.split.summed(of_part)
     if cure.observe is not keep_state:
         state = state._replace(cure=cure.observe(state.cure, state.variables, grads, {**seen, "error": error_gradient(metrics)}))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -21,6 +21,7 @@ from knife_jax.plasticity import registry
 from knife_jax.plasticity.graph import Graph, make_graph
 from knife_jax.plasticity.lift import lift
 from knife_jax.plasticity.method import Method, Variables
+from knife_jax.split import WHOLE, Split
 
 Params = Any
 Hyper = dict[str, dict[str, Any]]
@@ -43,6 +44,7 @@ class Networks(NamedTuple):
         graph: the hidden units of both networks.
         interventions: how many of them the run plans; None if nobody said.
         laws: of all parameters, by their paths.
+        split: over how many devices a seed is.
     """
 
     agent: AgentNetwork
@@ -53,6 +55,7 @@ class Networks(NamedTuple):
     graph: Graph
     interventions: int | None = None
     laws: Mapping[Path, Law] = MappingProxyType({})
+    split: Split = WHOLE
 
     def apply_agent(self, variables: Variables, *args: Any) -> Any:
         """The agents' network under `{"params": ..., "reserve": ...}`."""

@@ -21,6 +21,7 @@ from knife_jax.model import Hyper, Networks, States, make_networks
 from knife_jax.networks.agents import RECURRENT
 from knife_jax.plan import Plan, Schedule, make_game, make_plan, make_schedule
 from knife_jax.plasticity.method import Variables, no_intervention
+from knife_jax.split import Split
 
 _CURE, _DIAGNOSIS = 2**31 - 1, 2**31 - 2
 """Folded into keys for what must not change the draws of a run without it; far from what splitting reaches."""
@@ -270,7 +271,8 @@ class Program:
         def one_update(carry: Learning, key: PRNGKeyArray) -> tuple[Learning, Bundle]:
             learned, updates, acting = carry
             batch_size, burn_in = settings.replay.batch_size, settings.replay.burn_in
-            batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in)._replace(task=only)
+            split = self.networks.split
+            batch = replay.sample(key, stored, batch_size, plan.sequence_slots, plan.sequence_stride, burn_in, split)._replace(task=only)
             if intervenes == "interval":
                 learned, acting = self._intervene_if(self._is_due(updates), jax.random.fold_in(key, _CURE), learned, acting, hyper)
             learned, metrics = learner.gradient_step(learned, self.networks, batch, hyper)
@@ -288,16 +290,23 @@ class Program:
         return jax.lax.cond(self._can_learn(stored), learn, skip)
 
 
-def make_program(config: Config) -> Program:
+def make_program(config: Config, parts: int = 1) -> Program:
     """Builds the pieces of a run.
 
+    Args:
+        config: the configuration.
+        parts: over how many devices a seed is split; see `split`.
+
     Raises:
-        ValueError: for a configuration that cannot be run, with the field's path.
+        ValueError: for a configuration that cannot be run, with the field's path, or whose batches cannot be split evenly.
     """
+    if config.replay.batch_size % parts:
+        raise ValueError(f"devices: {parts} for one seed cannot share its replay.batch_size of {config.replay.batch_size} evenly")
     env, tasks = make_game(config)
     plan = make_plan(config, env)
     schedule = make_schedule(config, plan, len(tasks.order))
-    return Program(config, make_networks(config, env, tasks, schedule.count), plan, schedule)
+    networks = make_networks(config, env, tasks, schedule.count)._replace(split=Split(parts))
+    return Program(config, networks, plan, schedule)
 
 
 def new_period() -> Period:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from knife_jax.split import WHOLE, Split
+
 
 class Continuation(enum.IntEnum):
     """How a slot goes on to the next one of its ring."""
@@ -127,7 +129,9 @@ def uniform_below(bits: UInt32[Array, "*N"], number: Int[Array, ""] | int) -> In
     return (high * factor_high + (middle >> 16) + (carried >> 16)).astype(jnp.int32)
 
 
-def sample(key: PRNGKeyArray, state: ReplayState, batch_size: int, length: int, stride: int = 1, burn_in: int = 0) -> Sequences:
+def sample(
+    key: PRNGKeyArray, state: ReplayState, batch_size: int, length: int, stride: int = 1, burn_in: int = 0, split: Split = WHOLE
+) -> Sequences:
     """Draws sequences uniformly, with replacement, from all that are stored.
 
     Args:
@@ -137,9 +141,10 @@ def sample(key: PRNGKeyArray, state: ReplayState, batch_size: int, length: int, 
         length: L.
         stride: sequences begin only at multiples of this many slots from the oldest one; above 1 they are rollouts from a reset.
         burn_in: slots at the front of a sequence that began inside an episode which are marked as such.
+        split: gives a device its part of the batch.
     """
     num_envs, capacity = state.slots.reward.shape
-    bits_env, bits_start = jax.random.bits(key, (2, batch_size))
+    bits_env, bits_start = split.own(jax.random.bits(key, (2, batch_size)), axis=1)
     env = uniform_below(bits_env, num_envs)
     offset = stride * uniform_below(bits_start, (state.size - length) // stride + 1)
     oldest = state.head - state.size

@@ -60,7 +60,8 @@ def run(
         first_seed: the first of them.
         seeds_per_batch: how many seeds are trained side by side, at most; the batches, as even as possible, follow one another through one
             compiled program, and seeds that fill the last one up are thrown away. All of them if None.
-        devices: over how many devices the seeds are spread, each with as many; as many as there are (and no more than seeds) if None.
+        devices: over how many devices the seeds are spread, each with as many; as many as there are (and no more than seeds) if None. A
+            multiple of the seeds side by side has several devices share each of them, as `make_train` says of its `devices`.
         chunk_rounds: rounds between two looks at the host; as many as last about two seconds if None. No result depends on it.
         progress: told what is new after every chunk and at every task's end.
         out: a new directory for checkpoints while the run goes on, and results when it is done; None writes nothing.
@@ -166,10 +167,12 @@ def run_part(
     """Runs one program of a sweep, or reads what it left if it was done before; arguments, results and errors as in `run_sweep`."""
     if place.done:
         return place.part.labelled(read_finished(place))
-    pieces, chosen = Pieces(make_program(place.part.config)), combinations(place.part.config, place.part.sweep)
+    chosen = combinations(place.part.config, place.part.sweep)
     total = len(chosen) * seeds
     devices = choose_devices(total, seeds_per_batch, devices)
-    width = batch_width(total, seeds_per_batch, devices)
+    parts = parts_of_a_seed(total, seeds_per_batch, devices)
+    width = batch_width(total, seeds_per_batch, devices // parts)
+    pieces = Pieces(make_program(place.part.config, parts))
     setting = {"seeds": seeds, "first_seed": first_seed, "seeds_per_batch": width, "devices": devices}
     setting |= {"sweep": {name: list(values) for name, values in place.part.sweep.items()}} if place.part.sweep else {}
     batches = _batches(chosen, seeds, first_seed, width)
@@ -178,7 +181,7 @@ def run_part(
         named = _named_groups(chosen, seeds, width, batches)
         directory = RunDirectory(place.out, pieces, setting, saving or Saving(), wandb or WandbSettings(), named, place.resume)
     started = time.perf_counter()
-    compiled = compile_pieces(pieces, batches[0].keys, batches[0].swept, seeds_mesh(devices))
+    compiled = compile_pieces(pieces, batches[0].keys, batches[0].swept, seeds_mesh(devices, parts))
     compiled_at = time.perf_counter()
     loop = Loop(compiled, batches, Pace(chunk_rounds), on_status=progress or (lambda status: None))
 
@@ -235,7 +238,7 @@ def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None)
     """Over how many devices the seeds are spread; of several processes each has as many of them.
 
     Raises:
-        ValueError: if more are asked for than there are, or than there are seeds side by side, or the processes cannot share them evenly.
+        ValueError: if more are asked for than there are, or the seeds side by side or the processes cannot share them evenly.
     """
     together, processes = min(seeds, seeds_per_batch or seeds), jax.process_count()
     if together < processes:
@@ -246,13 +249,23 @@ def choose_devices(seeds: int, seeds_per_batch: int | None, devices: int | None)
         raise ValueError(f"devices: {processes} processes cannot share {devices} evenly")
     if devices > jax.device_count():
         raise ValueError(f"devices: there are {jax.device_count()}, not {devices}")
-    if devices > together:
-        raise ValueError(f"devices: {devices} are more than the {together} seeds that are trained side by side")
+    if devices > together and devices % together:
+        raise ValueError(f"devices: {devices} are more than the {together} seeds that are trained side by side, and no multiple of them")
+    if devices > together and together % processes:
+        raise ValueError(f"devices: {processes} processes cannot share {together} seeds, each split over devices, evenly")
     return devices
 
 
+def parts_of_a_seed(seeds: int, seeds_per_batch: int | None, devices: int) -> int:
+    """Over how many devices each seed is split: one, unless there are more devices than seeds side by side."""
+    return max(1, devices // min(seeds, seeds_per_batch or seeds))
+
+
 def batch_width(seeds: int, seeds_per_batch: int | None, devices: int = 1) -> int:
-    """How many seeds are trained side by side: a multiple of the devices, at most `seeds_per_batch`, with as few left over as possible."""
+    """How many seeds are trained side by side: a multiple of the devices, at most `seeds_per_batch`, with as few left over as possible.
+
+    Devices that share a seed count as one.
+    """
     on_each = -(-seeds // devices)
     most = on_each if seeds_per_batch is None else max(1, min(on_each, seeds_per_batch // devices))
     batches = -(-seeds // (most * devices))

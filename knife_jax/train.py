@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from envs.context import in_one_context
@@ -18,13 +19,14 @@ from knife_jax.config import Config, merge_hyper, resolve
 from knife_jax.learner import Metrics
 from knife_jax.model import Hyper
 from knife_jax.program import Place, Program, Row, RunnerState, make_program, make_row
+from knife_jax.split import PARTS
 
 Callback = Callable[[dict[str, np.ndarray]], None]
 Emit = Callable[[dict[str, Array]], Any]
 
 
 def make_train(
-    config: Config | Mapping[str, Any] | str, *, callback: Callback | None = None, return_replay: bool = False
+    config: Config | Mapping[str, Any] | str, *, callback: Callback | None = None, return_replay: bool = False, devices: int = 1
 ) -> Callable[..., dict[str, Any]]:
     """Makes the whole of a run one pure function.
 
@@ -33,6 +35,9 @@ def make_train(
         callback: called on the host once per evaluation, for all vmapped seeds together, with `{name: numpy array}`: the metrics below
             with the vmapped axes in front. It has no effect on results.
         return_replay: also return the replay in `runner_state`.
+        devices: over how many of `jax.devices()` every seed is split: each learns from its part of every batch, and plays its part of the
+            environments and of an evaluation's episodes where these can be split evenly. The draws are those of one device; the numbers
+            agree to float tolerance. (To spread seeds over devices, see `run`.)
 
     Returns:
         `train(key, hyper=None)`, which may be jitted, and vmapped over keys and over leaves of `hyper` (`{section: {field: value}}`, over
@@ -48,7 +53,8 @@ def make_train(
         * `all_tasks/*` `[P, K]`: greedy play of every distinct task at every task's end.
 
     Raises:
-        ValueError: for a configuration that cannot be run, with the field's path.
+        ValueError: for a configuration that cannot be run, with the field's path; for more devices than there are, or than can share
+            `replay.batch_size` evenly.
 
     Examples:
         >>> small = {"train": {"env_steps_per_task": 64}, "evaluation": {"per_task": 2, "episodes": 1}}
@@ -57,8 +63,9 @@ def make_train(
         (3,)
     """
     config = resolve(config)
-    program = make_program(config)
-    emit = make_logger(callback) if callback is not None else None
+    _check_devices(devices)
+    program = make_program(config, devices)
+    emit = _of_first_part(make_logger(callback), devices) if callback is not None else None
     order = jnp.asarray(program.networks.tasks.order, jnp.int32)
 
     @in_one_context
@@ -74,7 +81,11 @@ def make_train(
         kept = state if return_replay else state._replace(replay=None)  # pyright: ignore[reportArgumentType]
         return {"runner_state": kept, "metrics": metrics}
 
-    return train
+    if devices == 1:
+        return train
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), (PARTS,))
+    split = jax.shard_map(train, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    return lambda key, hyper=None: split(key, jax.tree.map(jnp.asarray, dict(hyper or {})))
 
 
 def _train_on_task(
@@ -126,6 +137,18 @@ def make_logger(write: Callback) -> Emit:
         return (), ()
 
     return log
+
+
+def _check_devices(devices: int) -> None:
+    if not 1 <= devices <= jax.device_count():
+        raise ValueError(f"devices: from 1 to {jax.device_count()}, as many as there are; got {devices}")
+
+
+def _of_first_part(emit: Emit, parts: int) -> Emit:
+    """Of the devices that share a seed, only the first one speaks."""
+    if parts == 1:
+        return emit
+    return lambda event: jax.lax.cond(jax.lax.axis_index(PARTS) == 0, lambda: emit(event), lambda: ())
 
 
 def _emitted(row: Row, emit: Emit | None) -> Row:
