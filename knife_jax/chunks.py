@@ -67,11 +67,6 @@ class Pieces:
     program: Program
 
     @property
-    def unsplit(self) -> "Pieces":
-        """The same functions, of the same shapes, for one device, outside of `shard_map`."""
-        return Pieces(replace(self.program, networks=self.program.networks._replace(split=WHOLE)))
-
-    @property
     def rounds_per_task(self) -> int:
         """Rounds in each task."""
         return self.program.plan.rounds_per_evaluation * self.program.plan.evaluations_per_task
@@ -160,8 +155,10 @@ def seed_axes(pieces: Pieces, key: PRNGKeyArray, swept: Swept) -> Carry:
 
     A counter that entered a chunk with a seeds' axis would turn every `cond` on it into a select of both branches, so what never depends on
     the key has to stay without. Which leaves do is found by tracing two tasks under `vmap`. What a run gives back, variables and the cure's
-    report, has the axis whatever it depends on: `reset` says the same number for every seed.
+    report, has the axis whatever it depends on: `reset` says the same number for every seed. So has all that the devices which share a seed
+    exchange of its play.
     """
+    split, pieces = pieces.program.networks.split, _unsplit(pieces)
     found: list[Any] = []
 
     @custom_vmap
@@ -185,4 +182,11 @@ def seed_axes(pieces: Pieces, key: PRNGKeyArray, swept: Swept) -> Carry:
     anywhere = jax.tree.map(lambda *leaves: any(leaves), *found)
     axes = jax.tree.map(lambda depends: 0 if depends else None, anywhere)
     axes = axes._replace(stagnant=0, learner=axes.learner._replace(params=0, reserve=0, report=0))
+    if split != WHOLE:
+        axes = axes._replace(collector=0, replay=axes.replay._replace(slots=0))
     return Carry(axes, Period(0, 0, None), 0)  # pyright: ignore[reportArgumentType]
+
+
+def _unsplit(pieces: Pieces) -> Pieces:
+    """The same functions, of the same shapes, for one device and outside of `shard_map`."""
+    return Pieces(replace(pieces.program, networks=pieces.program.networks._replace(split=WHOLE)))

@@ -62,7 +62,7 @@ def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Me
         swept: leaves of `config.hyper` `[S]`, of which only the shapes matter.
         mesh: the devices, `seeds_mesh`; in a group of it there are as many as the program is split over.
     """
-    axes = seed_axes(pieces.unsplit, keys[0], jax.tree.map(lambda leaf: leaf[0], swept))
+    axes = seed_axes(pieces, keys[0], jax.tree.map(lambda leaf: leaf[0], swept))
 
     def lower(
         function: Callable[..., Any], ins: tuple[Any, ...], outs: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = ()

@@ -181,7 +181,8 @@ def loss_fn(
 
     Returns:
         The loss, of a seed that is split this device's part of it; and metrics of the whole: `loss`, `td_error` (root mean square over
-        valid transitions), `q_tot`, `target` (their means), `greedy_share` (how often the action taken is the greedy one) and `valid_share`.
+        valid transitions), `q_tot`, `target` (their means), `greedy_share` (how often the action taken is the greedy one) and
+        `valid_share`.
     """
     settings, swept, split = networks.config.learner, hyper["learner"], networks.split
     slots = batch.slots
