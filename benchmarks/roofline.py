@@ -2,6 +2,7 @@
 
     python -m benchmarks.roofline --cores 1 --out roofline_1_core.json --plot roofline_1_core.png
     python -m benchmarks.roofline --games smax/3m --hidden 64 --mixers qmix qplex
+    python -m benchmarks.roofline --devices 2 --hidden 64     # each core a device, with its share of every batch
     python -m benchmarks.roofline --quick
 
 A gradient step is what a round of `make_train` does: sampling, rendering the records, loss, gradient, optimizer, target network. The
@@ -12,7 +13,10 @@ One JSON line per row; the first is the machine: the rate of a 1024 x 1024 produ
 milliseconds of one step, `_cpu` of processor time (which other jobs on the machine disturb less) and `_wall`, medians; `_least` are the
 least. `share` is light's least processor time over the step's (wall time on an accelerator), `share_median` the same of medians. FLOPs
 are those of the products; `xla_mb` are the bytes that XLA's cost analysis says a step accesses, which counts the bodies of loops (over
-time) once.
+time) once, on each device.
+
+With `--devices` a batch is split over devices, as `make_train(config, devices=...)` does, and so are the products alone. The same step on
+one core is timed in turn with both, and `gain` is its least wall time over that of the step that is split.
 """
 
 import argparse
@@ -22,15 +26,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from benchmarks.light import make_light, repeated
 from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, significant
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from knife_jax import Config, collect, learner, make_program, replay
-from knife_jax.cores import compile_training, compile_wide
+from knife_jax.compiled import seeds_mesh
+from knife_jax.cores import compile_training, compile_wide, spread_over_cores
 from knife_jax.program import Program
 
 GAMES = ("smax/3m", "smax/2s3z", "predator_prey/wqmix")
+ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 COLLECT = {"num_envs": 8, "rollout_length": 16}
 
 
@@ -46,10 +53,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="hidden size 64 and three repeats")
     parser.add_argument("--cores", type=int, help="use only so many processor cores; all if left out")
+    parser.add_argument("--devices", type=int, default=1, help="make so many devices of the processor and split each batch over them")
     add_output(parser)
     settings = parser.parse_args()
     if settings.quick:
         settings.hidden, settings.repeats = [64], 3
+    if settings.devices < 1 or settings.batch_size % settings.devices:
+        sys.exit(f"--devices: at least 1, and --batch-size, {settings.batch_size}, must be a multiple of it")
     return settings
 
 
@@ -115,7 +125,8 @@ def make_step(program: Program) -> Callable[..., learner.LearnerState]:
     settings, only = config.replay, jnp.int32(0) if config.switch.replay == "clear" else None
 
     def step(learned: learner.LearnerState, updates: Any, stored: replay.ReplayState, key: Any) -> learner.LearnerState:
-        batch = replay.sample(key, stored, settings.batch_size, plan.sequence_slots, plan.sequence_stride, settings.burn_in)
+        sizes = (settings.batch_size, plan.sequence_slots, plan.sequence_stride, settings.burn_in)
+        batch = replay.sample(key, stored, *sizes, networks.split)
         learned, _ = learner.gradient_step(learned, networks, batch._replace(task=only), config.hyper)
         return learner.update_target(learned, networks, updates + 1, config.hyper)
 
@@ -128,26 +139,33 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     Raises:
         SystemExit: if the products are not those of the step, or the compiler left some of them out.
     """
-    program = make_program(configuration(settings, game, mixer, hidden))
-    learned, stored = stored_play(program)
-    step = make_step(program)
-    keys = jax.random.split(jax.random.key(1), 2)
-    flops = count_flops(jax.make_jaxpr(step)(learned, jnp.int32(0), stored, keys[0]).jaxpr)
-    inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / 2)), 16)
-    networks, data = make_light(keys[1], learned.params, program.plan.sequence_slots, settings.batch_size, program.networks.env.num_agents)
-    steps = compile_training(
-        jax.jit(lambda learned, stored, key: _steps(step, inside, learned, stored, key)).lower(learned, stored, keys[0]),
-        program.plan.samples_per_update,
-    )
-    bare = jax.jit(lambda networks, data: repeated(inside, networks, data))
+    config, devices = configuration(settings, game, mixer, hidden), settings.devices
+    program = make_program(config)
+    given = (*stored_play(program), jax.random.key(0))
+    slots, batch_size, agents = program.plan.sequence_slots, settings.batch_size // devices, program.networks.env.num_agents
+    networks, data = make_light(jax.random.key(1), given[0].params, slots, batch_size, agents)
+
+    def steps_of(program: Program, number: int, parts: int) -> Any:
+        step = make_step(program)
+        return _split(lambda learned, stored, key: _steps(step, number, learned, stored, key), parts)
+
+    split = make_program(config, devices)
+    flops = count_flops(jax.make_jaxpr(steps_of(split, 1, devices))(*given).jaxpr)
+    inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / devices / 2)), 16)
+    steps = compile_training(steps_of(split, inside, devices).lower(*given), program.plan.samples_per_update)
+    bare = _split(lambda networks, data: repeated(inside, networks, data), devices)
     light = compile_wide(bare.lower(networks, data))
     light_flops = _whole(jax.make_jaxpr(bare)(networks, data).jaxpr, light, inside, flops, f"{game}, {mixer}, hidden size {hidden}")
     programs = {
-        "step": lambda number: jax.block_until_ready(steps(learned, stored, jax.random.key(number))),
+        "step": lambda number: jax.block_until_ready(steps(*given[:2], jax.random.key(number))),
         "light": lambda _: jax.block_until_ready(light(networks, data)),
     }
+    if devices > 1:
+        alone = compile_training(steps_of(program, inside, 1).lower(*given), program.plan.samples_per_update, ONE_THREAD)
+        programs["one_core"] = lambda number: jax.block_until_ready(alone(*given[:2], jax.random.key(number)))
     timed = interleaved(programs, settings.repeats)
-    row: Row = {"game": game, "mixer": mixer, "hidden": hidden, "cores": settings.cores or "all"}
+    flops, light_flops = devices * flops, devices * light_flops
+    row: Row = {"game": game, "mixer": mixer, "hidden": hidden, "cores": settings.cores or "all", "devices": devices}
     row |= {"gflop": significant(flops / 1e9), "light_gflop": significant(light_flops / 1e9)}
     for name, compiled, count in (("step", steps, flops), ("light", light, light_flops)):
         for kind, seconds in timed[name]._asdict().items():
@@ -156,7 +174,19 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
         row[f"{name}_xla_mb"] = significant(_cost(compiled)["bytes accessed"] / 1e6)
     for name, kind in (("share", f"least_{clock()}"), ("share_median", clock()), ("share_wall", "wall")):
         row[name] = round(getattr(timed["light"], kind) / getattr(timed["step"], kind), 3)
+    if devices > 1:
+        row["one_core_ms_least_wall"] = significant(1e3 * timed["one_core"].least_wall / inside)
+        row["gain"] = round(timed["one_core"].least_wall / timed["step"].least_wall, 2)
+        row["gain_median"] = round(timed["one_core"].wall / timed["step"].wall, 2)
     return row | {"share_of_peak": round(row["step_gflops"] / peak, 3)}
+
+
+def _split(function: Callable[..., Any], devices: int) -> Any:
+    """Compiles a function over so many devices that share the work of a seed, or for one."""
+    if devices == 1:
+        return jax.jit(function)
+    places = PartitionSpec()
+    return jax.jit(jax.shard_map(function, mesh=seeds_mesh(devices, devices), in_specs=places, out_specs=places, check_vma=False))
 
 
 def _steps(step: Callable[..., Any], number: int, learned: Any, stored: Any, key: Any) -> Any:
@@ -204,6 +234,8 @@ def main() -> None:
     """Prints a JSON line per row; writes and draws them where asked."""
     settings = arguments()
     use_processor(settings.cores)
+    if settings.devices > 1:
+        spread_over_cores(settings.devices)
     refuse_existing(settings.out, settings.plot)
     rows = [machine(settings.repeats)]
     say(rows[0])
@@ -212,7 +244,15 @@ def main() -> None:
             for hidden in settings.hidden:
                 rows.append(measured(settings, game, mixer, hidden, rows[0][f"peak_gflops_{clock()}"]))
                 say(rows[-1])
-    write(rows, settings.out, cores=settings.cores, batch_size=settings.batch_size, slots=settings.slots, collect=COLLECT)
+    write(
+        rows,
+        settings.out,
+        cores=settings.cores,
+        devices=settings.devices,
+        batch_size=settings.batch_size,
+        slots=settings.slots,
+        collect=COLLECT,
+    )
     draw(rows, settings.plot, paint)
 
 
