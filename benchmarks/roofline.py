@@ -15,8 +15,7 @@ least. `share` is light's least processor time over the step's (wall time on an 
 are those of the products; `xla_mb` are the bytes that XLA's cost analysis says a step accesses, which counts the bodies of loops (over
 time) once, on each device.
 
-With `--devices` a batch is split over devices, as `make_train(config, devices=...)` does, and so are the products alone. The same step on
-one core is timed in turn with both, and `gain` is its least wall time over that of the step that is split.
+With `--devices` a batch is split over devices, as `make_train(config, devices=...)` does, and so are the products alone.
 """
 
 import argparse
@@ -37,7 +36,6 @@ from knife_jax.cores import compile_training, compile_wide, spread_over_cores
 from knife_jax.program import Program
 
 GAMES = ("smax/3m", "smax/2s3z", "predator_prey/wqmix")
-ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 COLLECT = {"num_envs": 8, "rollout_length": 16}
 
 
@@ -145,14 +143,14 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     slots, batch_size, agents = program.plan.sequence_slots, settings.batch_size // devices, program.networks.env.num_agents
     networks, data = make_light(jax.random.key(1), given[0].params, slots, batch_size, agents)
 
-    def steps_of(program: Program, number: int, parts: int) -> Any:
-        step = make_step(program)
-        return _split(lambda learned, stored, key: _steps(step, number, learned, stored, key), parts)
+    step = make_step(make_program(config, devices))
 
-    split = make_program(config, devices)
-    flops = count_flops(jax.make_jaxpr(steps_of(split, 1, devices))(*given).jaxpr)
+    def steps_in_a_row(number: int) -> Any:
+        return _split(lambda learned, stored, key: _steps(step, number, learned, stored, key), devices)
+
+    flops = count_flops(jax.make_jaxpr(steps_in_a_row(1))(*given).jaxpr)
     inside = min(max(2, round(settings.seconds * peak * 1e9 / flops / devices / 2)), 16)
-    steps = compile_training(steps_of(split, inside, devices).lower(*given), program.plan.samples_per_update)
+    steps = compile_training(steps_in_a_row(inside).lower(*given), program.plan.samples_per_update)
     bare = _split(lambda networks, data: repeated(inside, networks, data), devices)
     light = compile_wide(bare.lower(networks, data))
     light_flops = _whole(jax.make_jaxpr(bare)(networks, data).jaxpr, light, inside, flops, f"{game}, {mixer}, hidden size {hidden}")
@@ -160,9 +158,6 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
         "step": lambda number: jax.block_until_ready(steps(*given[:2], jax.random.key(number))),
         "light": lambda _: jax.block_until_ready(light(networks, data)),
     }
-    if devices > 1:
-        alone = compile_training(steps_of(program, inside, 1).lower(*given), program.plan.samples_per_update, ONE_THREAD)
-        programs["one_core"] = lambda number: jax.block_until_ready(alone(*given[:2], jax.random.key(number)))
     timed = interleaved(programs, settings.repeats)
     flops, light_flops = devices * flops, devices * light_flops
     row: Row = {"game": game, "mixer": mixer, "hidden": hidden, "cores": settings.cores or "all", "devices": devices}
@@ -174,10 +169,6 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
         row[f"{name}_xla_mb"] = significant(_cost(compiled)["bytes accessed"] / 1e6)
     for name, kind in (("share", f"least_{clock()}"), ("share_median", clock()), ("share_wall", "wall")):
         row[name] = round(getattr(timed["light"], kind) / getattr(timed["step"], kind), 3)
-    if devices > 1:
-        row["one_core_ms_least_wall"] = significant(1e3 * timed["one_core"].least_wall / inside)
-        row["gain"] = round(timed["one_core"].least_wall / timed["step"].least_wall, 2)
-        row["gain_median"] = round(timed["one_core"].wall / timed["step"].wall, 2)
     return row | {"share_of_peak": round(row["step_gflops"] / peak, 3)}
 
 
@@ -244,15 +235,8 @@ def main() -> None:
             for hidden in settings.hidden:
                 rows.append(measured(settings, game, mixer, hidden, rows[0][f"peak_gflops_{clock()}"]))
                 say(rows[-1])
-    write(
-        rows,
-        settings.out,
-        cores=settings.cores,
-        devices=settings.devices,
-        batch_size=settings.batch_size,
-        slots=settings.slots,
-        collect=COLLECT,
-    )
+    sizes = {"batch_size": settings.batch_size, "slots": settings.slots, "collect": COLLECT}
+    write(rows, settings.out, cores=settings.cores, devices=settings.devices, **sizes)
     draw(rows, settings.plot, paint)
 
 
