@@ -58,7 +58,7 @@ assert 0 < text.count(" all-gather(") <= 8, text.count(" all-gather(")
 """
 
 SPREAD = """
-for plasticity in ({"name": "redo"}, {"name": "regenerative"}, {"name": "knife"}):
+for plasticity in ({"name": "redo"}, {"name": "l2_init"}, {"name": "knife"}):
     cured = {**config, "plasticity": {"diagnostic_batches": 2, "interval_updates": 3, **plasticity}}
     alone = runner.run(cured, seeds=2, devices=1)
     shared = runner.run(cured, seeds=2, devices=4)
