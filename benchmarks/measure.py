@@ -45,16 +45,18 @@ def _summary(seconds: list[tuple[float, float]]) -> Timed:
 
 
 def count_flops(jaxpr: Any, loops_once: bool = False) -> float:
-    """FLOPs of all matrix products of a jaxpr, those in scans as often as they run, or once as XLA's cost analysis counts them."""
+    """FLOPs of all matrix products of a jaxpr, those in scans as often as they run, or once as XLA's cost analysis counts them.
+
+    Of the branches of a condition (platforms are one) the most that any does.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         scanned = equation.primitive.name == "scan" and not loops_once
         times = equation.params["length"] if scanned else 1
         for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * count_flops(inner, loops_once)
+            inside = [getattr(inner, "jaxpr", inner) for inner in (value if isinstance(value, tuple | list) else (value,))]
+            counted = [count_flops(inner, loops_once) for inner in inside if hasattr(inner, "eqns")]
+            total += times * (max(counted, default=0.0) if equation.primitive.name == "cond" else sum(counted))
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             operand = equation.invars[0].aval.shape

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from knife_jax.networks.laws import Law, Path, drawn, lecun_normal, orthogonal, uniform_within, zeros
-from knife_jax.networks.recurrence import Projected, recur
+from knife_jax.networks.recurrence import Projected, Projection, recur
 
 
 class NeuronLayer(NamedTuple):
@@ -134,26 +134,25 @@ class Dense(nn.Module):
 
 
 class GateProjection(nn.Module):
-    """A GRU's projection of its input for all three gates, `[..., I]` to `[..., H]` each; its kernel is `[I, 3, H]`."""
+    """A GRU's projection of its input for all three gates, to be worked out where it is read; its kernel is `[I, 3, H]`."""
 
     units: int
     initializer: Initializer = Initializer()
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "... I"]) -> Projected:
-        """Applies the layer, but for its bias."""
+    def __call__(self, inputs: Float[Array, "... I"]) -> Projection:
+        """The layer, as it applies to the inputs."""
         size, units = inputs.shape[-1], self.units
         kernel = drawn(self, "kernel", self.initializer.gates((size, 3, units), units, recurrent=False))
         bias = drawn(self, "bias", self.initializer.bias((3, units), units))
-        reset, update, candidate = (inputs.reshape(-1, size) @ kernel[:, gate] for gate in range(3))
-        return Projected((reset, update, candidate), bias.reshape(-1)).reshape(*inputs.shape[:-1], units)
+        return Projection(inputs, kernel.reshape(size, -1), bias.reshape(-1))
 
 
 class GRU(nn.Module):
     """A gated recurrent layer with PyTorch's equations, scanned over time.
 
     `r = s(W_r x + b_r + U_r h + c_r)`, `z` alike, `n = tanh(W_n x + b_n + r (U_n h + c_n))`, `h' = (1 - z) n + z h`. What depends on the
-    input alone is a matrix product for all steps outside the scan; inside it there is one product for the three gates.
+    input alone is a matrix product for all steps outside the scan; inside it there is one product for the three gates. (See `recurrence`.)
     """
 
     units: int
@@ -181,7 +180,7 @@ class GRU(nn.Module):
 
     def unroll(
         self,
-        projected: Projected,
+        projected: Projected | Projection,
         starts: Bool[Array, "T *N"],
         hidden: Float[Array, "*N S"],
         hidden_kernel: Float[Array, "units 3 units"],
@@ -189,8 +188,8 @@ class GRU(nn.Module):
     ) -> tuple[Float[Array, "T *N units"], Float[Array, "*N S"]]:
         """The way through time from what the inputs give to the gates; apart from the rest, so that it can be intercepted."""
         length, units = starts.shape[0], self.units
-        steps, begins, first = projected.reshape(length, -1, units), starts.reshape(length, -1), hidden.reshape(-1, units)
-        states = recur(steps, begins, first, hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)).reshape(length, *hidden.shape)
+        given, begins, first = projected.flat(length), starts.reshape(length, -1), hidden.reshape(-1, units)
+        states = recur(given, begins, first, hidden_kernel.reshape(units, -1), hidden_bias.reshape(-1)).reshape(length, *hidden.shape)
         return states, states[-1]
 
 

@@ -1,17 +1,17 @@
 """Gated recurrent units over time: the equations, and their gradient written out.
 
-What depends on the inputs alone is one product for all steps of each gate before the scan, and the gradients of the kernels are made of
-products for all steps after it; inside, forward and backward, a step is the product with the state and what belongs to single units.
-What the inputs give to the gates r, z and n, and what goes back to them, travels in an array for each: slices of a joint one inside the
-loop keep XLA from vectorising it on processors, and outside of it they are passes through memory. For the same reason their bias is
-added inside.
+What depends on the inputs alone is one product for all steps of each gate before the scan; inside, a step is the product with the state
+and what belongs to single units. What the inputs give to the gates r, z and n travels in an array for each: slices of a joint one inside
+the loop keep XLA from vectorising it on processors, and outside of it they are passes through memory. For the same reason their bias is
+added inside. Backward, accelerators make the gradients of the kernels of products for all steps after the scan; processors add them up
+inside it, where what goes back to the gates is still in caches.
 
 Shapes: T steps, *N any batch axes, H units.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Bool, Float
 
 Gates = tuple[Array, Array, Array]
+
+FEW_ROWS = 48
+"""With fewer rows at a step than this, or than a quarter of the units, adding to the kernels' gradients takes longer than the products."""
 
 
 class Projected(NamedTuple):
@@ -42,6 +45,38 @@ class Projected(NamedTuple):
         """Every gate in another shape."""
         reset, update, candidate = (gate.reshape(shape) for gate in self.gates)
         return Projected((reset, update, candidate), self.bias)
+
+    def flat(self, length: int) -> "Projected":
+        """With all axes between time and units as one."""
+        return self.reshape(length, -1, self.gates[0].shape[-1])
+
+
+class Projection(NamedTuple):
+    """What inputs give to the gates, not yet worked out.
+
+    Attributes:
+        inputs: `[..., I]`.
+        kernel: for the gates r, z and n, one after another on the last axis, `[I, 3 H]`.
+        bias: `[3 H]`.
+    """
+
+    inputs: Float[Array, "... I"]
+    kernel: Float[Array, "I G"]
+    bias: Float[Array, " G"]
+
+    def projected(self) -> Projected:
+        """A product for each gate."""
+        rows = self.inputs.reshape(-1, self.inputs.shape[-1])
+        reset, update, candidate = (rows @ kernel for kernel in _by_gate(self.kernel))
+        return Projected((reset, update, candidate), self.bias).reshape(*self.inputs.shape[:-1], self.kernel.shape[-1] // 3)
+
+    def joint(self) -> Float[Array, "... G"]:
+        """As `Projected.joint`."""
+        return self.projected().joint()
+
+    def flat(self, length: int) -> "Projection":
+        """With all axes between time and features as one."""
+        return self._replace(inputs=self.inputs.reshape(length, -1, self.inputs.shape[-1]))
 
 
 def projected_from(joint: Float[Array, "... G"]) -> Projected:
@@ -77,18 +112,26 @@ def unroll_gates(
 
 @jax.custom_vjp
 def recur(
-    projected: Projected, starts: Bool[Array, "T N"], hidden: Float[Array, "N H"], kernel: Float[Array, "H G"], bias: Float[Array, " G"]
+    given: Projected | Projection,
+    starts: Bool[Array, "T N"],
+    hidden: Float[Array, "N H"],
+    kernel: Float[Array, "H G"],
+    bias: Float[Array, " G"],
 ) -> Float[Array, "T N H"]:
     """The states of a plain GRU after every step, `unroll_gates` with `state @ kernel + bias`, with a gradient of its own.
 
     Args:
-        projected: what the inputs give to the gates, `[T, N, H]` each.
+        given: what the inputs give to the gates, `[T, N, H]` each, or what is to be worked out of inputs `[T, N, I]`.
         starts: where the state is zero before the step.
         hidden: the state before the first step.
         kernel: the recurrent weights of the three gates r, z and n, one after another on the last axis.
         bias: their biases.
     """
-    return _forward(projected, starts, hidden, kernel, bias, keep=False)[0]
+    return _forward(_worked_out(given), starts, hidden, kernel, bias, keep=False)[0]
+
+
+def _worked_out(given: Projected | Projection) -> Projected:
+    return given.projected() if isinstance(given, Projection) else given
 
 
 def _forward(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array, keep: bool) -> tuple[Array, ...]:
@@ -150,34 +193,100 @@ def _along(axis: int) -> tuple[Callable[..., Array], Callable[..., Array]]:
     return at, put
 
 
-def _saved(projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    states, *gates = _forward(projected, starts, hidden, kernel, bias, keep=True)
-    return states, (states, *gates, starts, hidden, kernel)
+Gradients = tuple[Projected | Projection, None, Array, Array, Array]
+"""Of everything that `recur` takes."""
 
 
-def _backward(saved: tuple[Array, ...], cotangents: Array) -> tuple[Projected, None, Array, Array, Array]:
-    states, reset, update, candidate, recalled, starts, hidden, kernel = saved
+class _Saved(NamedTuple):
+    """What the gradient needs: `Projection` or nothing of the inputs, `[T, N, H]` of states and gates."""
+
+    given: Projection | None
+    states: Array
+    gates: tuple[Array, Array, Array, Array]
+    starts: Array
+    hidden: Array
+    kernel: Array
+
+
+def _saved(given: Projected | Projection, starts: Array, hidden: Array, kernel: Array, bias: Array) -> tuple[Array, _Saved]:
+    states, r, z, n, m = _forward(_worked_out(given), starts, hidden, kernel, bias, keep=True)
+    return states, _Saved(given if isinstance(given, Projection) else None, states, (r, z, n, m), starts, hidden, kernel)
+
+
+def _backward(saved: _Saved, cotangents: Array) -> Gradients:
+    """Kernels are added up in the loop on processors, unless there are so few rows that adding takes longer than the products."""
+    _, rows, units = cotangents.shape
+    if saved.given is None or rows < max(FEW_ROWS, units // 4):
+        return products_after(saved, cotangents)
+    return jax.lax.platform_dependent(saved, cotangents, cpu=products_within, default=products_after)
+
+
+def _to_gates(total: Array, before: Array, gates: tuple[Array, ...]) -> tuple[Array, Array, Array, Array]:
+    """What goes from a step's state back to what is squashed to r, z and n, and to what the state gave to n."""
+    r, z, n, m = gates
+    to_z = total * (before - n) * z * (1 - z)
+    to_n = total * (1 - z) * (1 - n * n)
+    to_m = to_n * r
+    return to_m * m * (1 - r), to_z, to_n, to_m
+
+
+def products_after(saved: _Saved, cotangents: Array) -> Gradients:
+    """Gradients of the kernels from products for all steps, after the loop."""
+    given, states, gates, starts, hidden, kernel = saved
     size = kernel.shape[0]
     before = jnp.where(starts[..., None], 0.0, jnp.concatenate([hidden[None], states[:-1]]))
     to_state = _by_gate(kernel)
 
-    def one_step(later: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        cotangent, r, z, n, m, state, start = step
+    def one_step(later: Array, step: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
+        cotangent, kept, state, start = step
         total = cotangent + later
-        to_z = total * (state - n) * z * (1 - z)
-        to_n = total * (1 - z) * (1 - n * n)
-        to_m = to_n * r
-        to_r = to_m * m * (1 - r)
-        earlier = total * z + to_r @ to_state[0].T + to_z @ to_state[1].T + to_m @ to_state[2].T
+        to_r, to_z, to_n, to_m = _to_gates(total, state, kept)
+        earlier = total * kept[1] + to_r @ to_state[0].T + to_z @ to_state[1].T + to_m @ to_state[2].T
         return jnp.where(start[:, None], 0.0, earlier), (to_r, to_z, to_n, to_m)
 
-    steps = (cotangents, reset, update, candidate, recalled, before, starts)
-    first, (to_r, to_z, to_n, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), steps, reverse=True)
+    first, (to_r, to_z, to_n, to_m) = jax.lax.scan(one_step, jnp.zeros_like(hidden), (cotangents, gates, before, starts), reverse=True)
     sum_r, sum_z, sum_n, sum_m = (gate.reshape(-1, size).sum(axis=0) for gate in (to_r, to_z, to_n, to_m))
     read = before.reshape(-1, size).T
     to_kernel = jnp.concatenate([read @ gate.reshape(-1, size) for gate in (to_r, to_z, to_m)], axis=-1)
-    to_projected = Projected((to_r, to_z, to_n), jnp.concatenate([sum_r, sum_z, sum_n]))
-    return to_projected, None, first, to_kernel, jnp.concatenate([sum_r, sum_z, sum_m])
+    to_given = Projected((to_r, to_z, to_n), jnp.concatenate([sum_r, sum_z, sum_n]))
+    if given is not None:
+        (to_given,) = jax.vjp(Projection.projected, given)[1](to_given)
+    return to_given, None, first, to_kernel, jnp.concatenate([sum_r, sum_z, sum_m])
+
+
+def products_within(saved: _Saved, cotangents: Array) -> Gradients:
+    """Gradients of the kernels added up step by step, in the loop; in float32 where the numbers have fewer bits."""
+    given, states, gates, starts, hidden, kernel = saved
+    assert given is not None
+    last = jnp.uint32(len(starts) - 1)
+    at, put = _along(0)
+
+    def one_step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
+        later_steps, later, to_inputs, sums = carry
+        index = last - later_steps
+        start = at(starts, index)[:, None]
+        before = jnp.where(start, 0.0, jnp.where(index == 0, hidden, at(states, jnp.maximum(index, 1) - 1)))
+        kept = tuple(at(gate, index) for gate in gates)
+        total = at(cotangents, index) + later
+        to_r, to_z, to_n, to_m = _to_gates(total, before, kept)
+        to_input, to_state = jnp.concatenate([to_r, to_z, to_n], axis=-1), jnp.concatenate([to_r, to_z, to_m], axis=-1)
+        earlier = jnp.where(start, 0.0, total * kept[1] + to_state @ kernel.T)
+        more = _of_affine(at(given.inputs, index), to_input), _of_affine(before, to_state)
+        to_inputs = put(to_inputs, to_input @ given.kernel.T, index)
+        return (later_steps + 1, earlier, to_inputs, jax.tree.map(jnp.add, sums, more)), None
+
+    weights = (given.kernel, given.bias), (kernel, given.bias)
+    sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)), weights)
+    start = jnp.uint32(0), jnp.zeros_like(hidden), jnp.zeros_like(given.inputs), sums
+    (_, first, to_inputs, sums), _ = jax.lax.scan(one_step, start, length=len(starts))
+    (to_kernel, to_bias), recurrent = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), sums)
+    return Projection(to_inputs, to_kernel, to_bias), None, first, *recurrent
+
+
+def _of_affine(inputs: Array, outputs: Array) -> tuple[Array, Array]:
+    """Gradients of a layer's kernel and bias, from what entered and what comes back."""
+    exact = jnp.promote_types(outputs.dtype, jnp.float32)
+    return jnp.matmul(inputs.T, outputs, preferred_element_type=exact), outputs.sum(axis=0, dtype=exact)
 
 
 recur.defvjp(_saved, _backward)

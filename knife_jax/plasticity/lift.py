@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from knife_jax.networks.neurons import GRU, Dense, GateProjection
-from knife_jax.networks.recurrence import Projected, projected_from, unroll_gates
+from knife_jax.networks.recurrence import Projected, Projection, projected_from, unroll_gates
 from knife_jax.plasticity import reserve as frozen
 from knife_jax.plasticity.graph import Flat, Graph, NeuronLayer, Path, flat, nested
 from knife_jax.plasticity.mixing import MixingCall
@@ -115,17 +115,30 @@ class _Call:
         weights = self.weights.get(path)
         if module is None or weights is None:
             return given
+        rows = None if added is None else weights.rows
+        target = None if weights.knowledge is None else module.target
+        if rows is None and target is None:
+            return given
         outputs = one_array(given)
-        if weights.rows is not None and added is not None:
-            outputs = outputs + _over_stack(jnp.matmul, module, (True,))(added, weights.rows)
-        if module.target and weights.knowledge is not None:
-            read = inputs if added is None or weights.rows is None else jnp.concatenate([inputs, added], axis=-1)
+        if rows is not None:
+            outputs = outputs + _over_stack(jnp.matmul, module, (True,))(added, rows)
+        if target:
+            read = inputs if rows is None or added is None else jnp.concatenate([inputs, added], axis=-1)
             function = _over_stack(frozen.frozen_units, module, (getattr(context.module, "stacked_input", False), True))
-            made = self.projected if module.target.kind == "gru" else self.made
-            made[module.target.name] = function(read, outputs, weights)
+            made = self.projected if target.kind == "gru" else self.made
+            made[target.name] = function(read, outputs, weights)
         return as_given(outputs, given)
 
-    def _unroll(self, module: Module, call: Apply, projected: Projected, starts: Array, hidden: Array, kernel: Array, bias: Array) -> Any:
+    def _unroll(
+        self,
+        module: Module,
+        call: Apply,
+        projected: Projected | Projection,
+        starts: Array,
+        hidden: Array,
+        kernel: Array,
+        bias: Array,
+    ) -> Any:
         """A GRU's way through time, with the states of K and C beside those of the live units."""
         layer, weights = module.target, self.weights.get(module.path)
         block = frozen.links_of(self.reserve, layer) if layer else None
@@ -172,14 +185,14 @@ class _Call:
         return any("rows" in self.reserve.get("/".join(kernel[:-1]), {}) for kernel in layer.outgoing)
 
 
-def one_array(outputs: Array | Projected) -> Array:
+def one_array(outputs: Array | Projection) -> Array:
     """What a module of `AFFINE` gives, as one array."""
-    return outputs.joint() if isinstance(outputs, Projected) else outputs
+    return outputs.joint() if isinstance(outputs, Projection) else outputs
 
 
-def as_given(array: Array, outputs: Array | Projected) -> Array | Projected:
-    """One array in the form that a module gave."""
-    return projected_from(array) if isinstance(outputs, Projected) else array
+def as_given(array: Array, outputs: Array | Projection) -> Array | Projected:
+    """One array in the form that the readers of what a module gave take."""
+    return projected_from(array) if isinstance(outputs, Projection) else array
 
 
 def _identity(states: Array) -> Array:
