@@ -1,6 +1,7 @@
 """The gradients that are written out for the recurrent layer against the one that JAX derives."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ FEATURES = 3
 MANY_ROWS = FEW_ROWS + 3
 
 
-def _case(seed, length, batch, units, worked_out=True):
+def _case(seed, length, batch, units, worked_out=True) -> Any:
     """What inputs give, a first state, recurrent weights and biases; episode starts; and how much every output counts."""
     keys = jax.random.split(jax.random.key(seed), 8)
     shapes = ((3, length, batch, units), (3 * units,), (batch, units), (units, 3 * units), (3 * units,), (length, batch, units))
