@@ -250,8 +250,17 @@ def products_after(saved: _Saved, cotangents: Array) -> Gradients:
     to_kernel = jnp.concatenate([read @ gate.reshape(-1, size) for gate in (to_r, to_z, to_m)], axis=-1)
     to_given = Projected((to_r, to_z, to_n), jnp.concatenate([sum_r, sum_z, sum_n]))
     if given is not None:
-        (to_given,) = jax.vjp(Projection.projected, given)[1](to_given)
+        to_given = _to_projection(given, to_given)
     return to_given, None, first, to_kernel, jnp.concatenate([sum_r, sum_z, sum_m])
+
+
+def _to_projection(given: Projection, back: Projected) -> Projection:
+    """Gradients of a projection, from those of what it gives."""
+    rows = given.inputs.reshape(-1, given.inputs.shape[-1])
+    gates = [gate.reshape(len(rows), -1) for gate in back.gates]
+    to_rows = sum(gate @ kernel.T for gate, kernel in zip(gates, _by_gate(given.kernel), strict=True))
+    to_kernel = jnp.concatenate([rows.T @ gate for gate in gates], axis=-1)
+    return Projection(jnp.reshape(to_rows, given.inputs.shape), to_kernel, back.bias)
 
 
 def products_within(saved: _Saved, cotangents: Array) -> Gradients:
