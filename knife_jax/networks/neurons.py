@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from knife_jax.networks.laws import Law, Path, drawn, lecun_normal, orthogonal, uniform_within, zeros
+from knife_jax.networks.products import times_kernel
 from knife_jax.networks.recurrence import Projected, Projection, recur
 
 
@@ -198,5 +199,5 @@ def affine(inputs: Array, kernel: Array, bias: Array) -> Array:
 
     All leading axes are one in the product: XLA's gradients of kernels are several times slower when they contract more than one axis.
     """
-    product = inputs.reshape(-1, inputs.shape[-1]) @ kernel + bias[None]
+    product = times_kernel(inputs.reshape(-1, inputs.shape[-1]), kernel) + bias[None]
     return product.reshape(*inputs.shape[:-1], product.shape[-1])
