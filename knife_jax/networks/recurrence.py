@@ -271,7 +271,7 @@ def products_within(saved: _Saved, cotangents: Array) -> Gradients:
     at, put = _along(0)
 
     def one_step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
-        later_steps, later, to_inputs, sums = carry
+        later_steps, later, to_inputs, to_kernels, to_biases = carry
         index = last - later_steps
         start = at(starts, index)[:, None]
         before = jnp.where(start, 0.0, jnp.where(index == 0, hidden, at(states, jnp.maximum(index, 1) - 1)))
@@ -280,22 +280,27 @@ def products_within(saved: _Saved, cotangents: Array) -> Gradients:
         to_r, to_z, to_n, to_m = _to_gates(total, before, kept)
         to_input, to_state = jnp.concatenate([to_r, to_z, to_n], axis=-1), jnp.concatenate([to_r, to_z, to_m], axis=-1)
         earlier = jnp.where(start, 0.0, total * kept[1] + to_state @ kernel.T)
-        more = _of_affine(at(given.inputs, index), to_input), _of_affine(before, to_state)
+        more = _summed_product(at(given.inputs, index), to_input), _summed_product(before, to_state)
+        old, new = later_steps % 2, 1 - later_steps % 2
+        to_kernels = tuple(put(sums, at(sums, old) + one, new) for sums, one in zip(to_kernels, more, strict=True))
+        to_biases = tuple(sums + one.sum(axis=0, dtype=sums.dtype) for sums, one in zip(to_biases, (to_input, to_m), strict=True))
         to_inputs = put(to_inputs, to_input @ given.kernel.T, index)
-        return (later_steps + 1, earlier, to_inputs, jax.tree.map(jnp.add, sums, more)), None
+        return (later_steps + 1, earlier, to_inputs, to_kernels, to_biases), None
 
-    weights = (given.kernel, given.bias), (kernel, given.bias)
-    sums = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32)), weights)
-    start = jnp.uint32(0), jnp.zeros_like(hidden), jnp.zeros_like(given.inputs), sums
-    (_, first, to_inputs, sums), _ = jax.lax.scan(one_step, start, length=len(starts))
-    (to_kernel, to_bias), recurrent = jax.tree.map(lambda leaf: leaf.astype(kernel.dtype), sums)
-    return Projection(to_inputs, to_kernel, to_bias), None, first, *recurrent
+    exact = jnp.promote_types(kernel.dtype, jnp.float32)
+    to_kernels = tuple(jnp.zeros((2, *weights.shape), exact) for weights in (given.kernel, kernel))
+    to_biases = tuple(jnp.zeros(size, exact) for size in (kernel.shape[1], kernel.shape[0]))
+    start = jnp.uint32(0), jnp.zeros_like(hidden), jnp.zeros_like(given.inputs), to_kernels, to_biases
+    (_, first, to_inputs, to_kernels, to_biases), _ = jax.lax.scan(one_step, start, length=len(starts))
+    of_inputs, of_states = (sums[len(starts) % 2].astype(kernel.dtype) for sums in to_kernels)
+    to_bias, to_m = (sums.astype(kernel.dtype) for sums in to_biases)
+    shared = to_bias[: -kernel.shape[0]]
+    return Projection(to_inputs, of_inputs, to_bias), None, first, of_states, jnp.concatenate([shared, to_m])
 
 
-def _of_affine(inputs: Array, outputs: Array) -> tuple[Array, Array]:
-    """Gradients of a layer's kernel and bias, from what entered and what comes back."""
-    exact = jnp.promote_types(outputs.dtype, jnp.float32)
-    return jnp.matmul(inputs.T, outputs, preferred_element_type=exact), outputs.sum(axis=0, dtype=exact)
+def _summed_product(inputs: Array, outputs: Array) -> Array:
+    """Gradient of a layer's kernel, from what entered and what comes back."""
+    return jnp.matmul(inputs.T, outputs, preferred_element_type=jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 recur.defvjp(_saved, _backward)
