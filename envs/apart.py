@@ -60,14 +60,17 @@ def apart_over_rows(
     def finished(rows: Any, shared: Any) -> Any:
         return finish(rows, function(rows, shared))
 
+    def in_order(rows: Any, shared: Any) -> Any:
+        return _in_order(apart(function)(rows, shared))
+
     def together(rows: Any, shared: Any) -> Any:
-        return finish(rows, _in_order(apart(function)(rows, shared)))
+        return finish(rows, in_order(rows, shared))
 
     @custom_vmap
     def whole(rows: Any, shared: Any) -> Any:
         blocks = _number_of_blocks(len(jax.tree.leaves(rows)[0]), at_once)
         if blocks == 1:
-            return together(rows, shared)
+            return apart(finish)(rows, in_order(rows, shared))  # or each of its readers would finish the rows anew
         return jax.lax.platform_dependent(rows, shared, cpu=partial(_by_blocks, together, blocks), default=together)
 
     @whole.def_vmap

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from envs.base import Observation
+from knife_jax.blocks import in_blocks
 from knife_jax.config import Config
 from knife_jax.model import Hyper, Networks, Params, States, draw_params, mixer_state, observe_fed, task_code
 from knife_jax.networks.agents import mask_unavailable
@@ -21,6 +22,9 @@ from knife_jax.plasticity.method import Trees, Variables, keep_state, no_fading,
 from knife_jax.replay import Continuation, Sequences
 
 Metrics = dict[str, Array]
+
+CACHED_BYTES = 2**18
+"""About how much a layer of the target network gives at once on processors: the next one then finds it in a cache."""
 
 METRICS = ("grad_norm", "greedy_share", "loss", "q_tot", "target", "td_error", "valid_share")
 """What `gradient_step` tells of itself."""
@@ -232,19 +236,36 @@ def team_values(variables: Variables, target: Variables, networks: Networks, bat
         batch: sequences from the replay.
         observation: `observed(networks, batch)`.
     """
-    inputs, state = observation.agents, mixer_state(observation, task_code(networks, batch.slots.task))
-    online = _unroll(variables, networks, inputs, batch)
+    state = mixer_state(observation, task_code(networks, batch.slots.task))
+    online, _ = _unroll(variables, networks, observation.agents, batch.starts, _no_memory(networks, observation))
     greedy = mask_unavailable(online, observation.action_mask).argmax(axis=-1)
     detached = jax.lax.stop_gradient(mask_unavailable(online, observation.action_mask))
     taken = _mix(variables, networks, batch.slots.actions, online, detached.max(axis=-1), state, observation)
     agreement = batch.slots.actions == greedy
     if batch.starts.shape[0] == 1:
         return TeamValues(taken, jnp.zeros_like(taken), agreement)
-    values = _unroll(target, networks, inputs, batch)
-    available = mask_unavailable(values, observation.action_mask)
-    best = greedy if networks.config.learner.double_q else available.argmax(axis=-1)
-    following = _mix(target, networks, best, values, available.max(axis=-1), state, observation)
-    return TeamValues(taken, following, agreement)
+    return TeamValues(taken, _greedy_values(target, networks, batch, observation, greedy), agreement)
+
+
+def _greedy_values(target: Variables, networks: Networks, batch: Sequences, observation: Observation, greedy: Array) -> Array:
+    """The target network's team values of the greedy actions, its own unless learning is double-Q.
+
+    No gradient goes through it, so that on processors all of it is worked out for some slots before the next ones: what layers and mixer
+    hand on then never leaves the caches.
+    """
+
+    def some_slots(hidden: Array, slots: tuple[Observation, Array, Array, Array]) -> tuple[Array, Array]:
+        observation, starts, task, best = slots
+        values, hidden = _unroll(target, networks, observation.agents, starts, hidden)
+        available = mask_unavailable(values, observation.action_mask)
+        if not networks.config.learner.double_q:
+            best = available.argmax(axis=-1)
+        state = mixer_state(observation, task_code(networks, task))
+        return hidden, _mix(target, networks, best, values, available.max(axis=-1), state, observation)
+
+    nothing, slots = _no_memory(networks, observation), (observation, batch.starts, batch.slots.task, greedy)
+    slot_bytes = 4 * greedy[0].size * networks.config.agent.hidden_size
+    return in_blocks(some_slots, nothing, slots, max(1, CACHED_BYTES // slot_bytes))
 
 
 def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyper: Hyper) -> tuple[LearnerState, Metrics]:
@@ -325,11 +346,16 @@ def _towards(tau: Array | float, old: Array, new: Array) -> Array:
     return old + tau * (new - old) if jnp.issubdtype(old.dtype, jnp.floating) else new
 
 
-def _unroll(variables: Variables, networks: Networks, inputs: Array, batch: Sequences) -> Array:
-    hidden = networks.initial_hidden(inputs.shape[1:-1])
-    variables, inputs, hidden = _to_compute_in(networks, (variables, inputs, hidden))
-    values, _ = networks.apply_agent(variables, inputs, batch.starts, hidden)
-    return jnp.asarray(values, jnp.float32)
+def _no_memory(networks: Networks, observation: Observation) -> Array:
+    """The agents' memory before the first slot, `[B, A, S]`."""
+    return _to_compute_in(networks, networks.initial_hidden(observation.agents.shape[1:-1]))
+
+
+def _unroll(variables: Variables, networks: Networks, inputs: Array, starts: Array, hidden: Array) -> tuple[Array, Array]:
+    """Values of all actions, and the memory after the last slot."""
+    variables, inputs = _to_compute_in(networks, (variables, inputs))
+    values, hidden = networks.apply_agent(variables, inputs, starts, hidden)
+    return jnp.asarray(values, jnp.float32), hidden
 
 
 VALUE_LAYERS = ("output", "v_output")

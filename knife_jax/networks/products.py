@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-BLOCK_NUMBERS = 8192
-"""Inputs of a block of rows: 32 kB, which the fastest cache holds."""
-FEWEST_ROWS, STRIDE = 32, 32
+BLOCK_INPUTS, FEWEST_ROWS = 8192, 32
+"""What a block of rows has of numbers: 32 kB, as many as the fastest cache holds; and how few rows are still worth a product."""
+STRIDE = 32
+"""Rows of a multiple of so many numbers are those whose columns share places in caches."""
 
 
 @jax.custom_vjp
@@ -37,9 +38,9 @@ def kernel_gradient(rows: Float[Array, "N I"], back: Float[Array, "N H"]) -> Flo
     """`rows.T @ back`, on processors added up over blocks of rows where that is faster.
 
     XLA's product there reads `rows` column by column, and where a row has a multiple of 32 numbers, those of a column share few places in
-    the caches: with 64 inputs and 8 units the blocks take half of the time, with 64 units two thirds to three quarters.
+    the caches. With 64 inputs and 8 units blocks take half of the time, with 64 units three quarters; with other numbers of inputs, more.
     """
-    block = _rows_of_a_block(*rows.shape, back.shape[-1])
+    block = _rows_of_a_block(len(rows), rows.shape[-1], back.shape[-1])
     if block is None:
         return _at_once(rows, back)
     return jax.lax.platform_dependent(rows, back, cpu=partial(_by_blocks, block), default=_at_once)
@@ -47,7 +48,7 @@ def kernel_gradient(rows: Float[Array, "N I"], back: Float[Array, "N H"]) -> Flo
 
 def _rows_of_a_block(rows: int, inputs: int, units: int) -> int | None:
     """The most rows of equal blocks; None where blocks gain nothing, or where their sums are larger than what they are made of."""
-    most = max(FEWEST_ROWS, BLOCK_NUMBERS // inputs)
+    most = max(FEWEST_ROWS, BLOCK_INPUTS // inputs)
     if inputs % STRIDE or units > most or rows <= most:
         return None
     return next((block for block in range(most, most // 2, -1) if rows % block == 0), None)
