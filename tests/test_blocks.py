@@ -51,16 +51,16 @@ def _first_plus(state, slots):
     return state + slots["added"][-1], state + slots["added"]
 
 
+RECURRENT = {"hidden_size": 8, "recurrent": True}
 CASES = {
-    "qmix with composites, of recurrent units too": {"plasticity": {**ALWAYS, "layers": "all"}},
-    "qplex, whose target network chooses by itself": {"learner": {"mixer": "qplex", "double_q": False}},
+    "qmix with composites, of recurrent units too": {"agent": RECURRENT, "plasticity": {**ALWAYS, "layers": "all"}},
+    "qplex, whose target network chooses by itself": {"agent": RECURRENT, "learner": {"mixer": "qplex", "double_q": False}},
     "independent feed-forward agents that see the task": {
         "env": {"name": "predator_prey", "scenario": "drift", "options": {"max_steps": 10}},
         "learner": {"mixer": "none"},
-        "agent": {"hidden_size": 8, "recurrent": False},
         "switch": {"observe_task": True, "replay": "keep"},
     },
-    "vdn in bfloat16": {"learner": {"mixer": "vdn", "compute_dtype": "bfloat16"}},
+    "vdn in bfloat16": {"agent": RECURRENT, "learner": {"mixer": "vdn", "compute_dtype": "bfloat16"}},
 }
 
 
