@@ -8,7 +8,7 @@ import jax
 
 from knife_jax import RunnerState
 from knife_jax.compiled import seeds_mesh, specs
-from knife_jax.cores import compile_start, compile_training
+from knife_jax.cores import compile_start, compile_training, without_collecting
 from knife_jax.groups import vmap_in_groups
 from knife_jax.program import Program
 from knife_jax.replay import ReplayState
@@ -41,10 +41,11 @@ class Rounds:
             begin = split(begin, in_specs=specs(0), out_specs=specs(AXES))
             rounds = split(rounds, in_specs=(specs(AXES),), out_specs=specs((AXES, 0)))
         wall, cpu = time.perf_counter(), time.process_time()
-        start = jax.jit(begin)
-        self._start = compile_start(start.lower(self._keys))
-        lowered = jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys))
-        self._advance = compile_training(lowered, program.plan.samples_per_update)
+        with without_collecting():
+            start = jax.jit(begin)
+            self._start = compile_start(start.lower(self._keys))
+            lowered = jax.jit(rounds, donate_argnums=0).lower(jax.eval_shape(start, self._keys))
+            self._advance = compile_training(lowered, program.plan.samples_per_update)
         self.compile_wall, self.compile_cpu = time.perf_counter() - wall, time.process_time() - cpu
 
     @property

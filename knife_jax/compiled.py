@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 
 from knife_jax import hosts
 from knife_jax.chunks import Carry, Pieces, Rows, Swept, seed_axes
-from knife_jax.cores import compile_quickly, compile_start, compile_training
+from knife_jax.cores import compile_quickly, compile_start, compile_training, without_collecting
 from knife_jax.learner import Metrics
 from knife_jax.program import Row, RunnerState
 from knife_jax.split import PARTS
@@ -53,6 +53,7 @@ def seeds_mesh(count: int, parts: int = 1) -> Mesh:
     return Mesh(np.asarray(hosts.devices_of_all(count)).reshape(-1, parts), (SEEDS, PARTS))
 
 
+@without_collecting()
 def compile_pieces(pieces: Pieces, keys: Key[Array, "S"], swept: Swept, mesh: Mesh) -> Compiled:
     """Compiles a run for as many seeds as there are keys.
 

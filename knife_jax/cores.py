@@ -1,6 +1,9 @@
 """What is asked of JAX on processors: cores as devices, over which seeds are spread, and wide vectors."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,18 @@ def compile_start(lowered: Lowered) -> Compiled:
         lowered: what `jax.jit(function).lower(...)` gives.
     """
     return _compile(lowered, _unless_told({LEVEL: 0, EMITTERS: False}))
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Leaves Python's garbage where it is until the end: what tracing makes stays, and would be looked at again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def training_options(samples: int) -> dict[str, Any]:

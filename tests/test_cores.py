@@ -1,5 +1,6 @@
 """Processor cores as devices: how many JAX sees, in a process that has computed nothing yet."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -129,3 +130,17 @@ def test_training_and_what_runs_once_are_compiled_quickly(asked, monkeypatch):
     wide, less, quick = {WIDTH: "512"}, {LEVEL: 1}, {EMITTERS: False}
     without = [{LEVEL: 0} | quick, less | quick, less, less | quick]
     assert asked == [*without, *(wide | options for options in without), wide | quick, wide | quick, wide, None, None, None]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_collecting_goes_on_as_it_was(collects):
+    """Also after an error."""
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ValueError, match="within"), module.without_collecting():
+            assert not gc.isenabled()
+            raise ValueError("within")
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
