@@ -3,6 +3,7 @@
     python -m benchmarks.roofline --cores 1 --out roofline_1_core.json --plot roofline_1_core.png
     python -m benchmarks.roofline --games smax/3m --hidden 64 --mixers qmix qplex
     python -m benchmarks.roofline --devices 2 --hidden 64     # each core a device, with its share of every batch
+    python -m benchmarks.roofline --games smax/3m --hidden 64 --config '{qmix: {embed_size: 64, hypernet_size: 256}}'    # JaxMARL's mixer
     python -m benchmarks.roofline --quick
 
 A gradient step is what a round of `make_train` does: sampling, rendering the records, loss, gradient, optimizer, target network. The
@@ -32,6 +33,7 @@ from benchmarks.measure import CLOCKS, Timed, clock, count_flops, interleaved, s
 from benchmarks.report import Row, add_output, draw, refuse_existing, say, use_processor, write
 from knife_jax import Config, collect, learner, make_program, replay
 from knife_jax.compiled import seeds_mesh
+from knife_jax.config import parse_yaml
 from knife_jax.cores import compile_training, compile_wide, spread_over_cores
 from knife_jax.program import Program
 
@@ -47,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 512], help="units of each layer of the agents")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences")
     parser.add_argument("--slots", type=int, default=128, help="slots of a sequence")
+    parser.add_argument("--config", default="{}", help="YAML of a nested dict over all else, such as '{qmix: {embed_size: 64}}'")
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each call lasts, of at least two steps")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="hidden size 64 and three repeats")
@@ -84,7 +87,7 @@ def _least(timed: Timed) -> tuple[tuple[str, float], ...]:
 def configuration(settings: argparse.Namespace, game: str, mixer: str, hidden: int) -> Config:
     """The configuration of one row."""
     capacity = max(8192, 2 * settings.batch_size * settings.slots)
-    return Config.from_dict(
+    base = Config.from_dict(
         {
             "env": {"name": game},
             "agent": {"hidden_size": hidden},
@@ -94,6 +97,7 @@ def configuration(settings: argparse.Namespace, game: str, mixer: str, hidden: i
             "plasticity": {"diagnostics": False},
         }
     )
+    return Config.from_dict(parse_yaml(settings.config), base=base)
 
 
 def stored_play(program: Program) -> tuple[learner.LearnerState, replay.ReplayState]:
@@ -161,6 +165,8 @@ def measured(settings: argparse.Namespace, game: str, mixer: str, hidden: int, p
     timed = interleaved(programs, settings.repeats)
     flops, light_flops = devices * flops, devices * light_flops
     row: Row = {"game": game, "mixer": mixer, "hidden": hidden, "cores": settings.cores or "all", "devices": devices}
+    if settings.config != "{}":
+        row["config"] = settings.config
     row |= {"gflop": significant(flops / 1e9), "light_gflop": significant(light_flops / 1e9)}
     for name, compiled, count in (("step", steps, flops), ("light", light, light_flops)):
         for kind, seconds in timed[name]._asdict().items():

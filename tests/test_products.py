@@ -35,6 +35,18 @@ def test_gradients_are_the_derivatives(shape):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
 
 
+def test_nothing_is_computed_for_rows_that_take_no_gradient():
+    """One product forward and one for the kernel, and a third where rows take a gradient as well."""
+    rows, kernel, weights = _case(7, 3, 2)
+
+    def products_of(argnums):
+        gradient = jax.grad(lambda rows, kernel: (weights * times_kernel(rows, kernel)).sum(), argnums=argnums)
+        return str(jax.make_jaxpr(gradient)(rows, kernel)).count("dot_general")
+
+    assert products_of(1) == 2
+    assert products_of((0, 1)) == 3
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Float
 
 BLOCK_INPUTS, FEWEST_ROWS = 8192, 32
@@ -22,16 +23,19 @@ def times_kernel(rows: Float[Array, "N I"], kernel: Float[Array, "I H"]) -> Floa
     return rows @ kernel
 
 
-def _saved(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return rows @ kernel, (rows, kernel)
+def _saved(rows: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple[Array, Array | None]]:
+    """The kernel is not needed where nothing goes back to the rows."""
+    return rows.value @ kernel.value, (rows.value, kernel.value if rows.perturbed else None)
 
 
-def _backward(saved: tuple[Array, Array], back: Array) -> tuple[Array, Array]:
+def _backward(saved: tuple[Array, Array | None], back: Array | SymbolicZero) -> tuple[Array | None, Array | None]:
     rows, kernel = saved
-    return back @ kernel.T, kernel_gradient(rows, back)
+    if isinstance(back, SymbolicZero):
+        return None, None
+    return None if kernel is None else back @ kernel.T, kernel_gradient(rows, back)
 
 
-times_kernel.defvjp(_saved, _backward)
+times_kernel.defvjp(_saved, _backward, symbolic_zeros=True)
 
 
 def kernel_gradient(rows: Float[Array, "N I"], back: Float[Array, "N H"]) -> Float[Array, "I H"]:
