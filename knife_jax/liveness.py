@@ -97,11 +97,22 @@ def _inside(eqn: JaxprEqn) -> int:
 
 
 def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs within; of branches by platform, the one of this process's."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:
+        yield eqn.params["branches"][_place_of_ours(platforms)].jaxpr
+        return
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             body = getattr(item, "jaxpr", item)
             if isinstance(body, Jaxpr):
                 yield body
+
+
+def _place_of_ours(platforms: tuple[tuple[str, ...] | None, ...]) -> int:
+    """Which of the branches of `jax.lax.platform_dependent` is taken; None stands for all other platforms."""
+    names = {"gpu": {"gpu", "cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
+    return next(place for place, named in enumerate(platforms) if named is None or names & set(named))
 
 
 def _variables(atoms: Any) -> list[Var]:

@@ -16,7 +16,7 @@ from knife_jax.config import Config, resolve
 from knife_jax.liveness import peak_bytes, tree_bytes
 from knife_jax.program import Program, make_program
 
-WORK_PER_LIVE_BYTE = {"recurrent": 3.4, "feed-forward": 1.5}
+WORK_PER_LIVE_BYTE = {"recurrent": 3.6, "feed-forward": 1.5}
 """Memory that a compiled program works in, per byte that is alive at once in the traced one, by the agents' kind: XLA orders operations for
 concurrency rather than for memory, and copies operands of batched products and of loops. Fitted to
 what 128 to 4,096 seeds took on the CPU."""

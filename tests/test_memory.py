@@ -64,6 +64,20 @@ def test_an_update_in_place_and_the_larger_branch():
     assert _peak(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: (x @ big).sum(), lambda: (x @ small).sum()), (1, 32)) in range(KILO, KILO + 64)
 
 
+def test_of_branches_by_platform_that_of_this_process_counts(monkeypatch):
+    """The smaller here, the larger on an accelerator."""
+    big, small = jnp.zeros((32, 1024)), jnp.zeros((32, 8))
+
+    def peak():
+        by_platform = {"cpu": lambda x: (x @ small).sum(), "cuda": lambda x: (x @ big).sum()}
+        return _peak(lambda x: jax.lax.platform_dependent(x, **by_platform), (1, 32))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert peak() in range(32, 128)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert peak() in range(KILO, KILO + 64)
+
+
 # --- the estimate ---
 
 RECURRENT = {
