@@ -199,5 +199,6 @@ def affine(inputs: Array, kernel: Array, bias: Array) -> Array:
 
     All leading axes are one in the product: XLA's gradients of kernels are several times slower when they contract more than one axis.
     """
-    product = times_kernel(inputs.reshape(-1, inputs.shape[-1]), kernel) + bias[None]
+    exact = jnp.promote_types(inputs.dtype, kernel.dtype)
+    product = times_kernel(inputs.reshape(-1, inputs.shape[-1]).astype(exact), kernel.astype(exact)) + bias[None]
     return product.reshape(*inputs.shape[:-1], product.shape[-1])

@@ -19,7 +19,7 @@ STRIDE = 32
 
 @jax.custom_vjp
 def times_kernel(rows: Float[Array, "N I"], kernel: Float[Array, "I H"]) -> Float[Array, "N H"]:
-    """`rows @ kernel`, whose kernel's gradient is `kernel_gradient`."""
+    """`rows @ kernel`, both of one type, whose kernel's gradient is `kernel_gradient`."""
     return rows @ kernel
 
 
