@@ -33,9 +33,13 @@ class Rounds:
         """Compiles; `group` is how many seeds are worked on at once, all of a device if None; the seeds are split over so many devices."""
         self.program, self.seeds, self.state = program, seeds, None
         hyper, task, self._keys = program.config.hyper, jax.numpy.int32(0), seed_keys(seeds)
-        begin = jax.vmap(lambda key: program.begin_task(program.init(key, hyper), task, hyper), out_axes=AXES)
         group = group or seeds // devices
+        begun = vmap_in_groups(lambda _, key: ((), program.begin_task(program.init(key, hyper), task, hyper)), ((), 0), ((), AXES), group)
         rounds = vmap_in_groups(lambda state: program.train_rounds(state, task, hyper), (AXES,), (AXES, 0), group)
+
+        def begin(keys: Any) -> Any:
+            return begun((), keys)[1]
+
         if devices > 1:
             split = partial(jax.shard_map, mesh=seeds_mesh(devices), check_vma=False)
             begin = split(begin, in_specs=specs(0), out_specs=specs(AXES))

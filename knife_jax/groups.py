@@ -61,7 +61,10 @@ def vmap_in_groups(function: Callable[..., Any], in_axes: tuple[Any, ...], out_a
 def _joined(out: Any, axes: Any) -> Any:
     """Outputs of all groups: side by side where they have the seeds' axis, else those of the last one."""
     leaves, structure = jax.tree.flatten(out)
-    joined = [leaf.reshape(-1, *leaf.shape[2:]) if has else leaf[-1] for leaf, has in zip(leaves, _have_axis(axes, out), strict=True)]
+    joined = [
+        leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]) if has else leaf[-1]
+        for leaf, has in zip(leaves, _have_axis(axes, out), strict=True)
+    ]
     return jax.tree.unflatten(structure, joined)
 
 

@@ -25,7 +25,7 @@ CONFIG = {
 
 def _round_trip(state, factor, shift):
     total = state["own"].sum() * factor + shift
-    return {"own": state["own"] + total, "key": jax.random.split(state["key"])[0], "count": state["count"] + 1}, {"total": total}
+    return {"own": state["own"] + total, "key": jax.random.split(state["key"])[0], "count": state["count"] + 1}, {"total": total, "nothing": jnp.zeros(0)}
 
 
 def test_groups_are_the_same_as_one_batch():
@@ -41,6 +41,7 @@ def test_groups_are_the_same_as_one_batch():
         np.testing.assert_array_equal(jax.random.key_data(found[0]["key"]), jax.random.key_data(expected[0]["key"]))
         np.testing.assert_array_equal(found[0]["own"], expected[0]["own"])
         np.testing.assert_array_equal(found[1]["total"], expected[1]["total"])
+        assert found[1]["nothing"].shape == (6, 0)
     with pytest.raises(ValueError, match="6 seeds cannot be split into groups of 4"):
         vmap_in_groups(_round_trip, ins, outs, 4)(*arguments)
 
