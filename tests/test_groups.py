@@ -25,7 +25,8 @@ CONFIG = {
 
 def _round_trip(state, factor, shift):
     total = state["own"].sum() * factor + shift
-    return {"own": state["own"] + total, "key": jax.random.split(state["key"])[0], "count": state["count"] + 1}, {"total": total, "nothing": jnp.zeros(0)}
+    new = {"own": state["own"] + total, "key": jax.random.split(state["key"])[0], "count": state["count"] + 1}
+    return new, {"total": total, "nothing": jnp.zeros(0)}
 
 
 def test_groups_are_the_same_as_one_batch():
