@@ -263,9 +263,9 @@ def _greedy_values(target: Variables, networks: Networks, batch: Sequences, obse
         state = mixer_state(observation, task_code(networks, task))
         return hidden, _mix(target, networks, best, values, available.max(axis=-1), state, observation)
 
-    nothing, slots = _no_memory(networks, observation), (observation, batch.starts, batch.slots.task, greedy)
+    memory, slots = _no_memory(networks, observation), (observation, batch.starts, batch.slots.task, greedy)
     slot_bytes = 4 * greedy[0].size * networks.config.agent.hidden_size
-    return in_blocks(some_slots, nothing, slots, max(1, CACHED_BYTES // slot_bytes))
+    return in_blocks(some_slots, memory, slots, CACHED_BYTES // slot_bytes)
 
 
 def gradient_step(state: LearnerState, networks: Networks, batch: Sequences, hyper: Hyper) -> tuple[LearnerState, Metrics]:

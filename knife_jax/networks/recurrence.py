@@ -281,7 +281,7 @@ def products_within(saved: _Saved, cotangents: Array) -> Gradients:
         to_input, to_state = jnp.concatenate([to_r, to_z, to_n], axis=-1), jnp.concatenate([to_r, to_z, to_m], axis=-1)
         earlier = jnp.where(start, 0.0, total * kept[1] + to_state @ kernel.T)
         more = _summed_product(at(given.inputs, index), to_input), _summed_product(before, to_state)
-        old, new = later_steps % 2, 1 - later_steps % 2
+        old, new = later_steps % 2, 1 - later_steps % 2  # sums made in their own place are not vectorised
         to_kernels = tuple(put(sums, at(sums, old) + one, new) for sums, one in zip(to_kernels, more, strict=True))
         to_biases = tuple(sums + one.sum(axis=0, dtype=sums.dtype) for sums, one in zip(to_biases, (to_input, to_m), strict=True))
         to_inputs = put(to_inputs, to_input @ given.kernel.T, index)
